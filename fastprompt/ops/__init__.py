@@ -1,0 +1,29 @@
+"""The operations: each file is the specification of one, its operator and its default implementation."""
+
+from fastprompt.ops.gated_blend import gated_blend, gated_blend_reference
+from fastprompt.ops.prompt_attention import prompt_attention, prompt_attention_reference
+from fastprompt.ops.prompt_cross_attention import (
+    AttentionWeights,
+    FoldedPrompts,
+    choose_form,
+    fold_prompts,
+    folded_cross_attention,
+    prompt_cross_attention,
+    prompt_cross_attention_reference,
+)
+from fastprompt.ops.row_attention import row_attention
+
+__all__ = [
+    "AttentionWeights",
+    "FoldedPrompts",
+    "choose_form",
+    "fold_prompts",
+    "folded_cross_attention",
+    "gated_blend",
+    "gated_blend_reference",
+    "prompt_attention",
+    "prompt_attention_reference",
+    "prompt_cross_attention",
+    "prompt_cross_attention_reference",
+    "row_attention",
+]

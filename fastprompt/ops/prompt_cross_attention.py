@@ -1,0 +1,309 @@
+"""CVPT's cross-attention to prompts with the weights of self-attention, in its direct and its folded form.
+
+Direct (Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025):
+
+    q = W_q·x + b_q,  k = W_k·p + b_k,  v = W_v·p + b_v,  out = W_proj·[softmax(q·kᵀ·scale)·v] + b_proj
+
+Folded, the same numbers: the weights are frozen and p depends on no image, so that for each head
+A_h = scale·k_h·W_q,h, a_h = scale·k_h·b_q,h and V'_h = v_h·W_proj,hᵀ are made once for the whole batch, and
+
+    out = softmax_h(x·Aᵀ + a)·V' + b_proj
+
+is a two-layer MLP of hidden width H·P whose activation is a softmax per head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fastprompt.ops import dispatch
+from fastprompt.ops.prompt_attention import prompt_attention
+from fastprompt.ops.registration import accumulation_dtype, autocast, define, differentiate, refuse_second_derivative
+
+Form = Literal["auto", "folded", "direct"]
+
+
+class AttentionWeights(NamedTuple):
+    """The four maps of a self-attention, shared by reference: weights [H·d, D] (`proj` [D, H·d]), biases or None."""
+
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+
+
+class FoldedPrompts(NamedTuple):
+    """Prompts folded through the attention's weights: `key` [H, P, D], `bias` [H, P], `value` [H, P, D], `out_bias` [D]."""
+
+    key: Tensor
+    bias: Tensor
+    value: Tensor
+    out_bias: Tensor | None
+
+
+def prompt_cross_attention(
+    x: Tensor,
+    prompts: Tensor,
+    weights: AttentionWeights,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    form: Form = "auto",
+    backend: str = dispatch.AUTO,
+) -> Tensor:
+    """Cross-attention of every token to the prompts, by the weights of self-attention (CVPT).
+
+    Args:
+        x: [B, N, D].
+        prompts: [P, D] shared by the batch, or [B, P, D] one set per image (always the direct form).
+        weights: the attention's own maps; differentiable in those that require it.
+        num_heads: H; head_dim d = rows of `q_weight` / H.
+        scale: factor on q·k; default d**-0.5.
+        form: "folded", "direct", or "auto", the one with fewer operations (:func:`choose_form`).
+        backend: "auto", or the backend that has to serve this call.
+
+    Returns:
+        [B, N, D]; zeros plus the projection's bias when P = 0, as attention to nothing adds nothing.
+
+    Raises:
+        ValueError: shapes or `form` do not fit; the message names value and remedy.
+    """
+    _check(x, prompts, weights, num_heads, form)
+    H, d = num_heads, weights.q_weight.shape[0] // num_heads
+    scale = d**-0.5 if scale is None else float(scale)
+    if prompts.shape[-2] == 0:
+        out = x.new_zeros(*x.shape[:2], weights.proj_weight.shape[0])
+        return out if weights.proj_bias is None else out + weights.proj_bias
+    if form == "auto":
+        form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
+    if form == "folded":
+        return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)
+    q = rearrange(F.linear(x, weights.q_weight, weights.q_bias), "B N (H d) -> B N H d", H=H)
+    k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias), "... P (H d) -> ... P H d", H=H)
+    v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), "... P (H d) -> ... P H d", H=H)
+    nothing = q[:, :0]
+    out = prompt_attention(q, nothing, nothing, k, v, scale=scale, backend=backend)
+    return F.linear(rearrange(out, "B N H d -> B N (H d)"), weights.proj_weight, weights.proj_bias)
+
+
+def choose_form(tokens: int, prompts: Tensor, D: int, H: int, d: int) -> Literal["folded", "direct"]:
+    """The form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
+
+    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once, 8·P·D·H·d and 4·P·D·H·d.
+    Prompts of one image each cannot be folded.
+    """
+    if prompts.ndim == 3:
+        return "direct"
+    P, A = prompts.shape[0], H * d
+    folded = tokens * 4 * D * H * P + 8 * P * D * A
+    direct = tokens * (4 * D * A + 4 * P * A) + 4 * P * D * A
+    return "folded" if folded < direct else "direct"
+
+
+def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, scale: float) -> FoldedPrompts:
+    """Fold prompts [P, D] through the attention's weights, once for a whole batch; plain, differentiable PyTorch."""
+    split = "P (H d) -> H P d"
+    k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias) * scale, split, H=num_heads)
+    v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), split, H=num_heads)
+    key = torch.matmul(k, rearrange(weights.q_weight, "(H d) D -> H d D", H=num_heads).to(k.dtype))
+    if weights.q_bias is None:
+        bias = k.new_zeros(k.shape[:2])
+    else:
+        bias = torch.einsum("hpd,hd->hp", k, rearrange(weights.q_bias, "(H d) -> H d", H=num_heads).to(k.dtype))
+    value = torch.matmul(v, rearrange(weights.proj_weight, "D (H d) -> H d D", H=num_heads).to(v.dtype))
+    return FoldedPrompts(key, bias, value, weights.proj_bias)
+
+
+def folded_cross_attention(x: Tensor, folded: FoldedPrompts, *, backend: str = dispatch.AUTO) -> Tensor:
+    """softmax_h(x·keyᵀ + bias)·value + out_bias for x [B, N, D] -> [B, N, D]; differentiable in all of them."""
+    key, bias, value, out_bias = folded
+    if x.ndim != 3 or key.ndim != 3 or key.shape[2] != x.shape[2] or bias.shape != key.shape[:2]:
+        raise ValueError(
+            "`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P]; "
+            f"got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}; make them by `fold_prompts`"
+        )
+    out, _ = torch.ops.fastprompt.folded_cross_attention(
+        x, key, bias, value, out_bias, dispatch.requested(backend)
+    )
+    return out
+
+
+def prompt_cross_attention_reference(
+    x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int, *, scale: float | None = None
+) -> Tensor:
+    """The specification of :func:`prompt_cross_attention`: the direct form in plain PyTorch, float32 or better."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = accumulation_dtype(x.dtype)
+        w = AttentionWeights(*(None if t is None else t.to(wide) for t in weights))  # type: ignore[arg-type]
+        p = prompts.to(wide).expand(x.shape[0], *prompts.shape[-2:])
+        q, k, v = (
+            rearrange(F.linear(rows, weight, bias), "B N (H d) -> B H N d", H=num_heads)
+            for rows, weight, bias in (
+                (x.to(wide), w.q_weight, w.q_bias),
+                (p, w.k_weight, w.k_bias),
+                (p, w.v_weight, w.v_bias),
+            )
+        )
+        attention = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1) @ v
+        return F.linear(rearrange(attention, "B H N d -> B N (H d)"), w.proj_weight, w.proj_bias).to(x.dtype)
+
+
+def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int, form: str) -> None:
+    def fail(what: str) -> None:
+        raise ValueError(f"`prompt_cross_attention`: {what}")
+
+    if form not in ("auto", "folded", "direct"):
+        fail(f"`form` must be 'auto', 'folded' or 'direct'; got {form!r}")
+    if x.ndim != 3:
+        fail(f"`x` must be [B, N, D]; got {tuple(x.shape)}")
+    B, _, D = x.shape
+    shape = tuple(prompts.shape)
+    if len(shape) not in (2, 3) or shape[-1] != D or (len(shape) == 3 and shape[0] != B):
+        fail(f"`prompts` must be [P, D] or [B, P, D] with B={B}, D={D}; got {shape}")
+    if len(shape) == 3 and form == "folded":
+        fail("prompts of one image each, [B, P, D], cannot be folded; use form='direct' or 'auto'")
+    width = weights.q_weight.shape[0]
+    if num_heads < 1 or width % num_heads:
+        fail(f"`num_heads` must divide the attention's width {width}; got {num_heads}")
+    for name in ("q_weight", "k_weight", "v_weight"):
+        if getattr(weights, name).shape != (width, D):
+            fail(f"`{name}` must be [H·d, D] = {(width, D)}; got {tuple(getattr(weights, name).shape)}")
+    if weights.proj_weight.ndim != 2 or weights.proj_weight.shape[1] != width:
+        fail(f"`proj_weight` must be [D, H·d={width}]; got {tuple(weights.proj_weight.shape)}")
+    for name, tensor in (("prompts", prompts), *weights._asdict().items()):
+        if tensor is not None and tensor.device != x.device:
+            fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
+
+
+# The operator of the folded form ---------------------------------------------------------------------------------
+
+
+def _fake(
+    x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    B, N, _ = x.shape
+    lse = x.new_empty((B, N, key.shape[0]), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty((B, N, value.shape[2])), lse
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape, key.shape, bias.shape, value.shape, value.shape[2:])
+    return tuple(x.new_empty(s if need else 0) for need, s in zip(needs, shapes, strict=True))
+
+
+def _flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+    return 2 * x[0] * x[1] * key[0] * key[1] * (key[2] + value[2])
+
+
+def _flops_backward(grad: Any, x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+    needs = rest[1]
+    rows = 2 * x[0] * x[1] * key[0] * key[1]
+    scores = any(needs[:3])  # d(scores), a product with `value`
+    return rows * (key[2] * (1 + needs[0] + needs[1]) + value[2] * (scores + needs[3]))
+
+
+_OPERATOR = define(
+    "folded_cross_attention(Tensor x, Tensor key, Tensor bias, Tensor value, Tensor? out_bias, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    fake=_fake,
+    flops=_flops,
+)
+# `needs` says which of dx, d(key), d(bias), d(value), d(out_bias) somebody reads; the others are empty.
+_BACKWARD = define(
+    "folded_cross_attention_backward(Tensor grad, Tensor x, Tensor key, Tensor bias, Tensor value, Tensor lse, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    flops=_flops_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, key, bias, value, _, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.backend = backend
+    # The H·P weights of a token are made again in the backward from x and `lse`: cheaper to redo than to keep.
+    ctx.save_for_backward(x, key, bias, value, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
+    needs = [bool(n) for n in ctx.needs_input_grad[:5]]
+    gradients = torch.ops.fastprompt.folded_cross_attention_backward(grad, *ctx.saved_tensors, needs, ctx.backend)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
+
+
+differentiate(_OPERATOR, setup=_setup, backward=_backward)
+refuse_second_derivative(_BACKWARD)
+autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
+
+
+def _logits(x: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    """x·keyᵀ + bias, [B·N, H, P], in the accumulation dtype."""
+    flat = torch.addmm(bias.flatten(), x.flatten(0, 1), key.flatten(0, 1).mT)
+    return rearrange(flat, "n (H P) -> n H P", H=key.shape[0]).to(accumulation_dtype(x.dtype))
+
+
+def _forward_eager(
+    x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, N, _ = x.shape
+    logits = _logits(x, key, bias)
+    lse = logits.logsumexp(-1)
+    weights = logits.sub(lse.unsqueeze(-1)).exp_().flatten(1).to(x.dtype)
+    values = value.flatten(0, 1)
+    out = weights @ values if out_bias is None else torch.addmm(out_bias.to(x.dtype), weights, values)
+    return out.view(B, N, -1), lse.view(B, N, -1)
+
+
+def _backward_eager(
+    grad: Tensor, x: Tensor, key: Tensor, bias: Tensor, value: Tensor, lse: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    wide = accumulation_dtype(x.dtype)
+    H, P, _ = key.shape
+    rows = grad.flatten(0, 1)
+    weights = (_logits(x, key, bias) - rearrange(lse, "B N H -> (B N) H 1")).exp_()
+    results = [x.new_empty(0)] * 5
+    if any(needs[:3]):
+        d_weights = rearrange(rows @ value.flatten(0, 1).mT, "n (H P) -> n H P", H=H).to(wide)
+        delta = (d_weights * weights).sum(-1, keepdim=True)
+        d_logits = ((d_weights - delta) * weights).flatten(1)
+        narrow = d_logits.to(x.dtype)
+        if needs[0]:
+            results[0] = (narrow @ key.flatten(0, 1)).view(x.shape)
+        if needs[1]:
+            results[1] = (narrow.mT @ x.flatten(0, 1)).view(key.shape)
+        if needs[2]:
+            results[2] = d_logits.sum(0).view(H, P).to(bias.dtype)
+    if needs[3]:
+        results[3] = (weights.flatten(1).to(x.dtype).mT @ rows).view(value.shape)
+    if needs[4]:
+        results[4] = rows.to(wide).sum(0).to(x.dtype)
+    return tuple(results)
+
+
+def _always(*args: Any) -> str | None:
+    return None
+
+
+dispatch.register("folded_cross_attention", "eager", _forward_eager, _always)
+dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, _always)

@@ -1,0 +1,131 @@
+"""How one block runs with prompts: in full, for the rows the head reads, or for their mean.
+
+All three are exact (docs/shortcuts.md). Prompts enter a block in one of two ways: as keys and values alone
+(:class:`BlockPrompts`), or carried, as rows of the sequence between the prefix tokens and the patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt import vit
+from fastprompt.ops import row_attention
+
+Span = tuple[int, int]
+
+
+class BlockPrompts(NamedTuple):
+    """The prompts of one block: what its attention reads of them, made once for the whole batch.
+
+    `rows` [P, D] or [B, P, D] enter the key and value maps (the prompts after norm1), `key` and `value` [P, H, d] or
+    [B, P, H, d] are what comes out. Whichever the block does not use is None.
+    """
+
+    rows: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+
+
+class Sequence(NamedTuple):
+    """What every block of a model shares in one forward: `carried` prompts in the sequence, and the rotary embedding."""
+
+    rope: Tensor | None = None
+    carried: int = 0
+    temperature: Tensor | None = None
+
+
+def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompts:
+    """Prompts [P, D] or [B, P, D] -> what the block's attention reads of them.
+
+    `folded` blocks run by :func:`run_rows` with folded maps and need no keys and values.
+    """
+    block_adapter, attention = vit.adapters(block)
+    rows = block_adapter.attention_input(block, prompts)
+    if folded:
+        return BlockPrompts(rows, None, None)
+    key, value = attention.keys_values(block.attn, rows)
+    return BlockPrompts(None, key, value)
+
+
+def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+    """The whole block: x [B, N, D] -> [B, N, D]."""
+    adapter, _ = vit.adapters(block)
+    x = _attention(block, x, prompts, sequence)
+    return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x)))
+
+
+def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+    """The block for its first `count` rows alone (prefix tokens): x [B, N, D] -> [B, count, D].
+
+    Keys and values of the other rows are not made either, unless q/k norm or rotary embedding acts on them.
+    """
+    adapter, attention = vit.adapters(block)
+    attn = block.attn
+    h = adapter.attention_input(block, x)
+    read = h[:, :count]
+    q = attention.queries(attn, read)
+    weights = attention.weights(attn)
+    if folds(block, sequence.rope is not None) and weights is not None:
+        out = row_attention(
+            q,
+            h,
+            None if prompts is None else prompts.rows,
+            weights.k_weight,
+            weights.v_weight,
+            weights.v_bias,
+            scale=attn.scale,
+            temperature=sequence.temperature,
+        )
+    else:
+        k, v = attention.keys_values(attn, h, sequence.rope, sequence.carried)
+        out = vit.attend(attn, q, k, v, _keys_values(block, prompts), sequence.temperature)
+    rows = adapter.add_attention(block, x[:, :count], attention.finish(attn, out, read))
+    return adapter.add_mlp(block, rows, block.mlp(adapter.mlp_input(block, rows)))
+
+
+def run_mean(
+    block: Any, x: Tensor, spans: tuple[Span, ...], prompts: BlockPrompts | None, sequence: Sequence
+) -> Tensor:
+    """The mean over the rows of `spans` of the block's output: x [B, N, D] -> [B, D].
+
+    `fc2` and layer scale are linear and act on the mean, one row instead of N.
+    """
+    adapter, _ = vit.adapters(block)
+    x = select(_attention(block, x, prompts, sequence), spans)
+    if not adapter.mean_commutes(block):
+        return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x))).mean(1)
+    hidden = vit.mlp_hidden(block.mlp, adapter.mlp_input(block, x)).mean(1, keepdim=True)
+    return adapter.add_mlp(block, x.mean(1, keepdim=True), block.mlp.fc2(hidden)).squeeze(1)
+
+
+def folds(block: Any, rope: bool) -> bool:
+    """Whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
+    return vit.adapters(block)[1].folds(block.attn, rope) and not vit.drops_attention(block.attn)
+
+
+def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """The rows of x [B, N, D] that lie in `spans`, in order."""
+    if len(spans) == 1:
+        start, stop = spans[0]
+        return x[:, start:stop]
+    return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
+
+
+def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+    adapter, attention = vit.adapters(block)
+    h = adapter.attention_input(block, x)
+    q, k, v = attention.qkv(block.attn, h, sequence.rope, sequence.carried)
+    out = vit.attend(block.attn, q, k, v, _keys_values(block, prompts), sequence.temperature)
+    return adapter.add_attention(block, x, attention.finish(block.attn, out, h))
+
+
+def _keys_values(block: Any, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:
+    if prompts is None:
+        return None
+    if prompts.key is not None and prompts.value is not None:
+        return prompts.key, prompts.value
+    # Prepared for `run_rows`, and now all rows are asked for.
+    return vit.adapters(block)[1].keys_values(block.attn, prompts.rows) if prompts.rows is not None else None

@@ -1,0 +1,27 @@
+"""Fast, exact visual prompt tuning of timm Vision Transformers."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastprompt.config import PromptConfig, VPTConfig
+from fastprompt.model import FoldedPromptModel, PromptModel, PromptOutput, get_prompt_model
+from fastprompt.ops.dispatch import backends, use_backend
+from fastprompt.replace import ReplacementReport, replace_attention, restore_attention
+
+try:
+    __version__ = version("fastprompt")
+except PackageNotFoundError:  # an uninstalled checkout
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FoldedPromptModel",
+    "PromptConfig",
+    "PromptModel",
+    "PromptOutput",
+    "ReplacementReport",
+    "VPTConfig",
+    "backends",
+    "get_prompt_model",
+    "replace_attention",
+    "restore_attention",
+    "use_backend",
+]

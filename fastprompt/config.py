@@ -1,0 +1,139 @@
+"""What a method is told: frozen dataclasses, checked when made, to JSON and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+Pool = Literal["backbone", "all", "image", "prompt"]
+
+# More prompts than any ViT has tokens is a mistake in a configuration, and 2**40 of them an out-of-memory kill.
+MAX_PROMPTS = 65_536
+
+_registry: dict[str, type[PromptConfig]] = {}
+_C = TypeVar("_C", bound="PromptConfig")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Common ground of the methods' configurations."""
+
+    method: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _registry[cls.method] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and the method's name under "method"."""
+        return {"method": self.method, **asdict(self)}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls: type[_C], data: dict[str, Any]) -> _C:
+        """Back from `to_dict`; called on `PromptConfig`, "method" chooses the class.
+
+        Raises:
+            ValueError: the method or a field is unknown, or a value is not valid.
+        """
+        data = dict(data)
+        name = data.pop("method", cls.method)
+        if name not in _registry:
+            raise ValueError(f"config: there is no method {name!r}; known are {sorted(_registry)}")
+        target = _registry[name]
+        if not issubclass(target, cls):
+            raise ValueError(f"config: method {name!r} is not {cls.method!r}; use {target.__name__}.from_dict")
+        known = {f.name for f in fields(target)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"{target.__name__}: unknown fields {unknown}; known are {sorted(known)}")
+        return target(**data)  # type: ignore[return-value]
+
+    @classmethod
+    def from_json(cls: type[_C], text: str) -> _C:
+        """Back from `to_json`; raises ValueError for what is not such a JSON object."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config: not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"config: a JSON object is needed; got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def _fail(self, field: str, need: str) -> None:
+        raise ValueError(f"{type(self).__name__}: `{field}` must be {need}; got {getattr(self, field)!r}")
+
+    def _check_int(self, field: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        need = f"an integer >= {low}" + (f" and <= {high}" if high is not None else "")
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            self._fail(field, need + (" or None" if optional else ""))
+
+    def _check_bool(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "True or False")
+
+    def _check_probability(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            self._fail(field, "a number in [0, 1)")
+
+    def _check_pool(self) -> None:
+        if getattr(self, "pool", None) not in get_args(Pool):
+            self._fail("pool", f"one of {get_args(Pool)}")
+
+
+@dataclass(frozen=True)
+class VPTConfig(PromptConfig):
+    """Visual prompt tuning (Jia et al., ECCV 2022): prompts as tokens between the prefix tokens and the patches.
+
+    Args:
+        num_prompts: P, prompts per prompted block; 0 leaves the backbone as it is.
+        deep: True, every block (or the first `blocks`) has its own prompts (VPT-Deep); False, one set enters block 0
+            and flows on as tokens (VPT-Shallow).
+        blocks: deep only: the first so many blocks have their own prompts, later ones carry the last on as tokens;
+            None for all.
+        pool: what the head reads. "backbone": what the timm model reads, without prompts; "all": the mean of everything
+            but the prefix tokens, prompts included (the official code's "original" for MAE); "image": the mean of the
+            patches; "prompt": the mean of the prompts.
+        dropout: probability in [0, 1) of dropping prompt values in training; each image draws its own mask.
+        shared_across_blocks: deep only: one set of prompts for all prompted blocks.
+        project: width of the prompts before a trained linear map to the model's width; None for no map.
+        backbone_train_mode: True puts the frozen blocks into train mode with the model (drop-path active); the official
+            code keeps them in eval mode.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    method: ClassVar[str] = "vpt"
+
+    num_prompts: int
+    deep: bool = True
+    blocks: int | None = None
+    pool: Pool = "backbone"
+    dropout: float = 0.0
+    shared_across_blocks: bool = False
+    project: int | None = None
+    backbone_train_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_int("num_prompts", 0, MAX_PROMPTS)
+        self._check_bool("deep", "shared_across_blocks", "backbone_train_mode")
+        self._check_int("blocks", 1, optional=True)
+        self._check_int("project", 1, optional=True)
+        self._check_probability("dropout")
+        self._check_pool()
+        if not self.deep and self.blocks is not None:
+            raise ValueError(f"VPTConfig: `blocks`={self.blocks} needs deep=True; shallow prompts enter block 0 only")
+        if not self.deep and self.shared_across_blocks:
+            raise ValueError("VPTConfig: `shared_across_blocks` needs deep=True; shallow has one set of prompts anyway")
+        if self.pool == "prompt" and self.num_prompts == 0:
+            raise ValueError("VPTConfig: pool='prompt' averages prompts, and `num_prompts` is 0")

@@ -1,0 +1,84 @@
+"""What a method is to a `PromptModel`: parameters, what is made of them once a forward, and a run through the blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastprompt.backbone import Reading
+from fastprompt.config import PromptConfig
+
+# (rows of the last block's sequence, carried prompts among them) -> what the head reads.
+Read = Callable[[int, int], Reading]
+
+METHODS: dict[type[PromptConfig], type[PromptMethod]] = {}
+
+
+class PromptMethod(ABC):
+    """One method for one model's depth; holds no tensors (they lie on the `PromptModel`, under their public names)."""
+
+    config_class: ClassVar[type[PromptConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.config_class] = cls
+
+    @abstractmethod
+    def __init__(self, config: Any, base: nn.Module) -> None:
+        """Raises ValueError or NotImplementedError where `config` does not fit `base`; changes nothing."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> None:
+        """Register the method's parameters and buffers on the PromptModel."""
+
+    @abstractmethod
+    def prepare(self, model: Any, batch_size: int | None, read: Read) -> Any:
+        """What the blocks read of the prompts, made once for a whole batch: a pytree of tensors.
+
+        `batch_size` None asks for what depends on no image (inference); it is stored by `PromptModel.fold`.
+        """
+
+    @abstractmethod
+    def run(
+        self,
+        base: Any,
+        state: Any,
+        x: Tensor,
+        ropes: list[Tensor | None],
+        read: Read,
+        on_block: Callable[[int, Tensor], None] | None = None,
+        depth: int | None = None,
+    ) -> tuple[Tensor, int]:
+        """Tokens x [B, N, D] through the blocks.
+
+        Args:
+            base: the timm model.
+            state: what `prepare` made.
+            x: tokens as they enter block 0.
+            ropes: each block's rotary embedding or None.
+            read: what the head reads of the last block; the rows it does not read need not be computed.
+            on_block: called after each block with its index and its tokens without prompts, [B, N, D].
+            depth: stop after so many blocks; None for all.
+
+        Returns:
+            What `read` asked for ([B, R, D] rows, [B, D] mean or all rows), and the number of prompts among the rows.
+        """
+
+
+def method_for(config: PromptConfig, base: nn.Module) -> PromptMethod:
+    """The method that `config` configures, checked against `base`; raises TypeError for another kind of object."""
+    if type(config) not in METHODS:
+        known = ", ".join(cls.__name__ for cls in METHODS)
+        raise TypeError(f"`config` must be one of {known}; got {type(config).__name__}")
+    return METHODS[type(config)](config, base)
+
+
+def run_checkpointed(base: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, recomputed in the backward if the timm model has gradient checkpointing switched on."""
+    if getattr(base, "grad_checkpointing", False):
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)

@@ -1,0 +1,124 @@
+"""Visual Prompt Tuning: shallow, deep and partial deep (Jia et al., ECCV 2022), with the exact shortcuts.
+
+In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt rows
+out, so that what a block computes for its prompt rows is read by nobody, unless the next block carries them on or the
+head averages them. Such prompts are keys and values only here, made once for the whole batch; only from the block on
+whose prompt rows are read do they stand in the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt import backbone, blocks
+from fastprompt.blocks import BlockPrompts, Sequence
+from fastprompt.config import VPTConfig
+from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
+
+
+class VPTState(NamedTuple):
+    """Each block's prompts as keys and values (None where it has none), and the rows that enter block `carry_from`."""
+
+    prompts: tuple[BlockPrompts | None, ...]
+    carried: Tensor | None
+
+
+class VPT(PromptMethod):
+    """Prompts as tokens; see the module's text."""
+
+    config_class = VPTConfig
+
+    def __init__(self, config: VPTConfig, base: Any) -> None:
+        self.config = config
+        self.depth = len(base.blocks)
+        if config.blocks is not None and config.blocks > self.depth:
+            raise ValueError(f"VPTConfig: `blocks` must be <= {self.depth}, the model's depth; got {config.blocks}")
+        # How many blocks have prompts of their own; shallow is the case of one.
+        self.prompted = (config.blocks or self.depth) if config.deep else 1
+        reads_prompts = config.pool in ("all", "prompt")
+        self.carry_from: int | None = None
+        if self.prompted < self.depth or reads_prompts:
+            self.carry_from = self.prompted - 1
+        if config.num_prompts == 0:
+            self.carry_from = None
+
+    def build(self, model: Any) -> None:
+        base, config = model.base, self.config
+        like = next(base.parameters())
+        width = config.project or base.embed_dim
+        height, breadth = backbone.patch_size(base)
+        bound = math.sqrt(6.0 / (3 * height * breadth + width))
+        sets = 1 if config.shared_across_blocks else self.prompted
+        model.prompts = nn.ParameterList(
+            nn.Parameter(like.new_empty(config.num_prompts, width).uniform_(-bound, bound)) for _ in range(sets)
+        )
+        model.prompt_project = None
+        if config.project is not None:
+            model.prompt_project = nn.Linear(width, base.embed_dim, device=like.device, dtype=like.dtype)
+            nn.init.kaiming_normal_(model.prompt_project.weight, a=0, mode="fan_out")
+
+    def prepare(self, model: Any, batch_size: int | None, read: Read) -> VPTState:
+        base = model.base
+        prompts: list[BlockPrompts | None] = [None] * self.depth
+        carried = None
+        if self.config.num_prompts == 0:
+            return VPTState(tuple(prompts), None)
+        folded = read(0, 0).rows is not None and blocks.folds(base.blocks[-1], backbone.has_rope(base))
+        for i in range(self.prompted):
+            p = self._prompts_of(model, i, batch_size)
+            if i == self.carry_from:
+                carried = p
+            else:
+                last = i == self.depth - 1
+                prompts[i] = blocks.prepare_prompts(base.blocks[i], p, folded=folded and last)
+        return VPTState(tuple(prompts), carried)
+
+    def run(
+        self,
+        base: Any,
+        state: VPTState,
+        x: Tensor,
+        ropes: list[Tensor | None],
+        read: Read,
+        on_block: Callable[[int, Tensor], None] | None = None,
+        depth: int | None = None,
+    ) -> tuple[Tensor, int]:
+        prefix, carried = base.num_prefix_tokens, 0
+        for i, block in enumerate(base.blocks[:depth]):
+            if i == self.carry_from and state.carried is not None:
+                rows = state.carried.to(x.dtype).expand(x.shape[0], -1, -1)
+                carried = rows.shape[1]
+                x = torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
+            reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
+            context = (state.prompts[i], Sequence(ropes[i], carried))
+            if reading.rows is not None:
+                x = run_checkpointed(base, blocks.run_rows, block, x, reading.rows, *context)
+            elif reading.spans is not None:
+                x = run_checkpointed(base, blocks.run_mean, block, x, reading.spans, *context)
+            else:
+                x = run_checkpointed(base, blocks.run_block, block, x, *context)
+            if on_block is not None:
+                on_block(i, strip(x, prefix, carried))
+        return x, carried
+
+    def _prompts_of(self, model: Any, i: int, batch_size: int | None) -> Tensor:
+        """The prompts of block i: [P, D], or [B, P, D] under prompt dropout, which each image draws for itself."""
+        p = model.prompts[0 if self.config.shared_across_blocks else i]
+        if model.prompt_project is not None:
+            p = model.prompt_project(p)
+        if self.config.dropout > 0 and model.training and batch_size is not None:
+            p = F.dropout(p.expand(batch_size, -1, -1), self.config.dropout)
+        return p
+
+
+def strip(x: Tensor, prefix: int, carried: int) -> Tensor:
+    """Tokens [B, N + carried, D] without the prompts that stand after the prefix tokens."""
+    if carried == 0:
+        return x
+    return torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)

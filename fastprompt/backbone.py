@@ -17,7 +17,7 @@ POOLS = ("backbone", "all", "image", "prompt")
 
 
 class Reading(NamedTuple):
-    """Which rows of the last block's output the head reads: the first `rows`, the mean over `spans`, or (neither) all."""
+    """The rows of the last block that the head reads: the first `rows`, the mean over `spans`, or (neither) all."""
 
     rows: int | None = None
     spans: tuple[Span, ...] | None = None
@@ -84,7 +84,7 @@ def head_modules(model: Any) -> list[nn.Module]:
 
 
 def read_backbone(model: Any, tokens: int, carried: int) -> Reading:
-    """What the model's own head reads of the last block, whose sequence has `tokens` rows, `carried` prompts included."""
+    """What the model's own head reads of the last block, whose `tokens` rows include the `carried` prompts."""
     if isinstance(model, VisionTransformerDistilled):
         return Reading(rows=2)
     if model.attn_pool is not None:

@@ -29,8 +29,8 @@ class BlockPrompts(NamedTuple):
     value: Tensor | None
 
 
-class Sequence(NamedTuple):
-    """What every block of a model shares in one forward: `carried` prompts in the sequence, and the rotary embedding."""
+class Context(NamedTuple):
+    """What a block is told besides tokens and prompts: its rotary embedding, how many prompts are `carried` as rows."""
 
     rope: Tensor | None = None
     carried: int = 0
@@ -50,14 +50,14 @@ def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompt
     return BlockPrompts(None, key, value)
 
 
-def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
     """The whole block: x [B, N, D] -> [B, N, D]."""
     adapter, _ = vit.adapters(block)
-    x = _attention(block, x, prompts, sequence)
+    x = _attention(block, x, prompts, context)
     return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x)))
 
 
-def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, context: Context) -> Tensor:
     """The block for its first `count` rows alone (prefix tokens): x [B, N, D] -> [B, count, D].
 
     Keys and values of the other rows are not made either, unless q/k norm or rotary embedding acts on them.
@@ -68,7 +68,7 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, se
     read = h[:, :count]
     q = attention.queries(attn, read)
     weights = attention.weights(attn)
-    if folds(block, sequence.rope is not None) and weights is not None:
+    if folds(block, context.rope is not None) and weights is not None:
         out = row_attention(
             q,
             h,
@@ -77,24 +77,24 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, se
             weights.v_weight,
             weights.v_bias,
             scale=attn.scale,
-            temperature=sequence.temperature,
+            temperature=context.temperature,
         )
     else:
-        k, v = attention.keys_values(attn, h, sequence.rope, sequence.carried)
-        out = vit.attend(attn, q, k, v, _keys_values(block, prompts), sequence.temperature)
+        k, v = attention.keys_values(attn, h, context.rope, context.carried)
+        out = vit.attend(attn, q, k, v, _keys_values(block, prompts), context.temperature)
     rows = adapter.add_attention(block, x[:, :count], attention.finish(attn, out, read))
     return adapter.add_mlp(block, rows, block.mlp(adapter.mlp_input(block, rows)))
 
 
 def run_mean(
-    block: Any, x: Tensor, spans: tuple[Span, ...], prompts: BlockPrompts | None, sequence: Sequence
+    block: Any, x: Tensor, spans: tuple[Span, ...], prompts: BlockPrompts | None, context: Context
 ) -> Tensor:
     """The mean over the rows of `spans` of the block's output: x [B, N, D] -> [B, D].
 
     `fc2` and layer scale are linear and act on the mean, one row instead of N.
     """
     adapter, _ = vit.adapters(block)
-    x = select(_attention(block, x, prompts, sequence), spans)
+    x = select(_attention(block, x, prompts, context), spans)
     if not adapter.mean_commutes(block):
         return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x))).mean(1)
     hidden = vit.mlp_hidden(block.mlp, adapter.mlp_input(block, x)).mean(1, keepdim=True)
@@ -114,11 +114,11 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
-def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, sequence: Sequence) -> Tensor:
+def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
     adapter, attention = vit.adapters(block)
     h = adapter.attention_input(block, x)
-    q, k, v = attention.qkv(block.attn, h, sequence.rope, sequence.carried)
-    out = vit.attend(block.attn, q, k, v, _keys_values(block, prompts), sequence.temperature)
+    q, k, v = attention.qkv(block.attn, h, context.rope, context.carried)
+    out = vit.attend(block.attn, q, k, v, _keys_values(block, prompts), context.temperature)
     return adapter.add_attention(block, x, attention.finish(block.attn, out, h))
 
 

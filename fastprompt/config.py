@@ -46,7 +46,9 @@ class PromptConfig:
             raise ValueError(f"config: there is no method {name!r}; known are {sorted(_registry)}")
         target = _registry[name]
         if not issubclass(target, cls):
-            raise ValueError(f"config: method {name!r} is not {cls.method!r}; use {target.__name__}.from_dict")
+            raise ValueError(
+                f"config: method {name!r} is not {cls.method!r}; use {target.__name__}.from_dict"
+            )
         known = {f.name for f in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -72,7 +74,12 @@ class PromptConfig:
         if value is None and optional:
             return
         need = f"an integer >= {low}" + (f" and <= {high}" if high is not None else "")
-        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or value < low
+            or (high is not None and value > high)
+        ):
             self._fail(field, need + (" or None" if optional else ""))
 
     def _check_bool(self, *names: str) -> None:
@@ -132,8 +139,12 @@ class VPTConfig(PromptConfig):
         self._check_probability("dropout")
         self._check_pool()
         if not self.deep and self.blocks is not None:
-            raise ValueError(f"VPTConfig: `blocks`={self.blocks} needs deep=True; shallow prompts enter block 0 only")
+            raise ValueError(
+                f"VPTConfig: `blocks`={self.blocks} needs deep=True; shallow prompts enter block 0 only"
+            )
         if not self.deep and self.shared_across_blocks:
-            raise ValueError("VPTConfig: `shared_across_blocks` needs deep=True; shallow has one set of prompts anyway")
+            raise ValueError(
+                "VPTConfig: `shared_across_blocks` needs deep=True; shallow has one set of prompts anyway"
+            )
         if self.pool == "prompt" and self.num_prompts == 0:
             raise ValueError("VPTConfig: pool='prompt' averages prompts, and `num_prompts` is 0")

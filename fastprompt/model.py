@@ -153,7 +153,9 @@ class PromptModel(nn.Module):
             (final tokens [B, N, D], list of features), or the list alone.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"`forward_intermediates`: `output_fmt` must be 'NCHW' or 'NLC'; got {output_fmt!r}")
+            raise ValueError(
+                f"`forward_intermediates`: `output_fmt` must be 'NCHW' or 'NLC'; got {output_fmt!r}"
+            )
         base, prefix = self.base, self.base.num_prefix_tokens
         take, last = feature_take_indices(len(base.blocks), indices)
         features: list[Any] = []
@@ -200,12 +202,16 @@ class PromptModel(nn.Module):
         """Print how many parameters train, of how many."""
         trainable = sum(p.numel() for p in self.trainable_parameters())
         total = sum(p.numel() for p in self.parameters())
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def _read(self, tokens: int, carried: int) -> Reading:
         return _reading(self.base, self.pool, tokens, carried)
 
-    def _run(self, images: Tensor, read: Any, on_block: Any = None, depth: int | None = None) -> tuple[Tensor, int]:
+    def _run(
+        self, images: Tensor, read: Any, on_block: Any = None, depth: int | None = None
+    ) -> tuple[Tensor, int]:
         state = self.method.prepare(self, images.shape[0], read)
         x, ropes = backbone.embed(self.base, images)
         return self.method.run(self.base, state, x, ropes, read, on_block, depth)

@@ -15,6 +15,7 @@ import torch
 from timm.layers import AttentionPoolLatent, AttentionRope
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolPrr
+from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention
 from timm.models.naflexvit import NaFlexVit
@@ -27,7 +28,7 @@ from fastprompt.ops import dispatch
 # timm's models whose use of their blocks is known; blocks in a user's own module are taken as they are.
 _OWNERS = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_POOLS = (AttentionPoolLatent, AttentionPoolPrr)
+_POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)
 _BACKEND, _OWN_PATH = "_fastprompt_backend", "_fastprompt_own_path"
 
 
@@ -124,7 +125,7 @@ class ReplacementReport:
         if self.replaced:
             return None
         if not self.skipped:
-            return f"{vit.class_path(self._model)} has no attention modules"
+            return f"no attention modules were recognised in {vit.class_path(self._model)}"
         return "; ".join(dict.fromkeys(r.reason for r in self.skipped if r.reason))
 
     def own_path_calls(self) -> dict[str, int]:
@@ -144,7 +145,9 @@ class ReplacementReport:
                 action = "replaced" if reason is None else f"skipped: {reason}"
                 table.append((str(count), first[cls, reason] or "(the model)", cls, action))
             widths = [max(len(row[i]) for row in table) for i in range(3)]
-            lines += ["  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in table]
+            lines += [
+                "  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in table
+            ]
         for reason, count in self.own_path_calls().items():
             lines.append(f"{count} calls took timm's own path: {reason}")
         return "\n".join(lines)
@@ -226,10 +229,14 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str | Non
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Attention by class, or a block that is known for its own kind of attention; heads that pool by attention are not."""
+    """Attention by class, or a block known for its own kind of attention; heads that pool by attention are not."""
     if isinstance(module, _POOLS):
         return False
-    return type(module) in vit.ATTENTION or vit.is_refused(module) or "attention" in type(module).__name__.lower()
+    return (
+        type(module) in vit.ATTENTION
+        or vit.is_refused(module)
+        or "attention" in type(module).__name__.lower()
+    )
 
 
 def _replacement_reason(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:

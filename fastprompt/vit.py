@@ -1,7 +1,7 @@
 """What is read off a timm block: one adapter per supported class, and a reason for each refusal.
 
 Adapters hold no state: they read weights off the module at each call, so that `.to()`, `load_state_dict`, in-place
-updates and `copy.deepcopy` need no care. A class is matched exactly (`type(m) is cls`): a subclass may override anything.
+updates and `copy.deepcopy` need no care. A class is matched exactly (`type(m) is cls`): a subclass may override all.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class AttentionAdapter:
     ) -> tuple[Tensor, Tensor]:
         """x [..., N, D] -> normed and rotated k and v, [..., N, H, d], without making queries."""
         weight, bias = self.key_value_map(attn)
-        k, v = rearrange(F.linear(x, weight, bias), "... N (two H d) -> two ... N H d", two=2, H=attn.num_heads)
+        k, v = rearrange(
+            F.linear(x, weight, bias), "... N (two H d) -> two ... N H d", two=2, H=attn.num_heads
+        )
         return _rotate(attn, attn.k_norm(k), v, rope, extra_prefix), v
 
     def queries(self, attn: Any, x: Tensor) -> Tensor:
@@ -199,25 +201,82 @@ BLOCKS: dict[type, BlockAdapter] = {
     EvaBlock: EvaBlockAdapter(),
 }
 
-# Classes that users will try, and why they cannot be served. Any other class is refused as unknown.
+_WINDOWS = "attention within windows of a pyramid of feature maps"
+_MAPS = "attention on the feature map of a convolutional network, with convolutions for linear maps"
+_PYRAMID = "a stage of a pyramid, whose tokens are a feature map"
+_LANGUAGE = "the vision encoder of a language model, read as a grid of tokens"
+_CHANNELS = "attention over channels, not over tokens"
+_REDUCED = "keys and values come from a smaller map than the queries"
+_BIAS = "relative position bias is added to the scores"
+_CLASS_TOKEN = "only the class token attends"
+
+# timm's other kinds of attention, and why they are not served. Classes not named here are refused as unknown.
 _REFUSED = {
-    "timm.models.beit.Attention": "relative position bias is added to the scores",
-    "timm.models.vision_transformer_relpos.RelPosAttention": "relative position bias is added to the scores",
-    "timm.models.vision_transformer_sam.Attention": "relative position bias, and windows in most blocks",
-    "timm.models.swin_transformer.WindowAttention": "attention within windows, with relative position bias",
-    "timm.models.swin_transformer_v2.WindowAttention": "cosine attention within windows, with position bias",
-    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": "cosine attention within windows",
     "timm.layers.diff_attention.DiffAttention": "differential attention subtracts two softmaxes",
-    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run in parallel on one input",
-    "timm.models.vision_transformer.DiffParallelScalingBlock": "differential attention parallel to the MLP",
-    "timm.models.vision_transformer.ParallelThingsBlock": "several attentions run in parallel in one block",
-    "timm.models.eva.EvaBlockPostNorm": "the norms come after attention and MLP",
-    "timm.models.xcit.XCA": "attention over channels, not over tokens",
+    "timm.models._efficientnet_blocks.MobileAttention": f"{_REDUCED}, and all heads share them",
+    "timm.models.beit.Attention": _BIAS,
+    "timm.models.cait.ClassAttn": _CLASS_TOKEN,
     "timm.models.cait.TalkingHeadAttn": "heads are mixed before and after the softmax",
-    "timm.models.cait.ClassAttn": "only the class token attends",
-    "timm.models.crossvit.CrossAttention": "the class token of one branch attends to the tokens of the other",
+    "timm.models.coat.FactorAttnConvRelPosEnc": "factorised attention makes no query-key scores",
+    "timm.models.convit.GPSA": "scores are blended with scores of position, by a gate per head",
+    "timm.models.convit.MHSA": "a class of ConViT's own, whose other blocks attend by position",
+    "timm.models.cpubone.ConvAttention": _MAPS,
+    "timm.models.crossvit.MultiScaleBlock": "two sequences, whose class tokens cross over",
+    "timm.models.csatv2.SpatialAttention": "a spatial gate made of channel statistics",
+    "timm.models.csatv2.TransformerBlock": f"{_PYRAMID}, downsampled in places",
+    "timm.models.davit.ChannelAttention": _CHANNELS,
+    "timm.models.davit.ChannelAttentionV2": _CHANNELS,
+    "timm.models.davit.WindowAttention": _WINDOWS,
+    "timm.models.deepseek_vit.DeepseekVitBlock": _LANGUAGE,
+    "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
+    "timm.models.efficientformer.Attention": f"{_BIAS}, and values are wider than keys",
+    "timm.models.efficientformer_v2.Attention2d": f"{_MAPS}, position bias and mixed heads",
+    "timm.models.efficientformer_v2.Attention2dDownsample": f"{_MAPS}, and fewer queries than keys",
+    "timm.models.efficientvit_mit.LiteMLA": "linear attention has no softmax",
+    "timm.models.efficientvit_msra.LocalWindowAttention": f"{_WINDOWS}, each head fed by the one before",
+    "timm.models.eva.EvaBlockPostNorm": "the norms come after attention and MLP",
+    "timm.models.fastvit.AttentionBlock": _PYRAMID,
+    "timm.models.gcvit.WindowAttentionGlobal": f"{_WINDOWS}, some by shared global queries",
+    "timm.models.gemma4_vit.Gemma4Attention": "values are normed too, and scores are not scaled",
+    "timm.models.hiera.MaskUnitAttention": f"{_WINDOWS}, with pooled queries",
+    "timm.models.hieradet_sam2.MultiScaleAttention": f"{_WINDOWS}, with pooled queries",
+    "timm.models.iformer.SHMA": _MAPS,
+    "timm.models.levit.Attention": f"{_BIAS}, and values are wider than keys",
+    "timm.models.levit.AttentionDownsample": "fewer queries than keys, with relative position bias",
+    "timm.models.lowformer.ConvAttention": _MAPS,
+    "timm.models.maxxvit.Attention2d": _MAPS,
+    "timm.models.maxxvit.ParallelPartitionAttention": _WINDOWS,
+    "timm.models.maxxvit.PartitionAttentionCl": _WINDOWS,
+    "timm.models.metaformer.Attention": _PYRAMID,
+    "timm.models.mobilevit.LinearSelfAttention": "linear attention has no query-key scores",
+    "timm.models.mobilevit.MobileVitBlock": "each pixel attends to the pixels at its place in other patches",
+    "timm.models.mvitv2.MultiScaleAttention": "queries, keys and values are pooled",
+    "timm.models.nest.Attention": "attention within blocks of the image, one sequence each",
+    "timm.models.nextvit.ConvAttention": "a grouped convolution, not attention of tokens",
+    "timm.models.nextvit.EfficientAttention": _REDUCED,
     "timm.models.pit.Transformer": "a pooling hierarchy: the number of tokens changes from stage to stage",
-    "timm.models.gemma4_vit.Gemma4Attention": "grouped queries with norms of its own",
+    "timm.models.pvt_v2.Attention": _REDUCED,
+    "timm.models.qwen3_vit.Qwen3VitEncoder": _LANGUAGE,
+    "timm.models.shvit.SHSA": "only some of the channels of a feature map attend",
+    "timm.models.swiftformer.EfficientAdditiveAttention": "additive attention makes no query-key scores",
+    "timm.models.swin_transformer.WindowAttention": f"{_WINDOWS}, with relative position bias",
+    "timm.models.swin_transformer_v2.WindowAttention": f"{_WINDOWS}, by cosine similarity",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": f"{_WINDOWS}, by cosine similarity",
+    "timm.models.tiny_vit.Attention": f"{_WINDOWS}, with position bias",
+    "timm.models.tnt.Attention": "pixels attend within patches, and patches to each other",
+    "timm.models.twins.GlobalSubSampleAttn": _REDUCED,
+    "timm.models.twins.LocallyGroupedAttn": _WINDOWS,
+    "timm.models.vision_transformer.DiffParallelScalingBlock": "differential attention parallel to the MLP",
+    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run in parallel on one input",
+    "timm.models.vision_transformer.ParallelThingsBlock": "several attentions run in parallel in one block",
+    "timm.models.vision_transformer_relpos.RelPosAttention": _BIAS,
+    "timm.models.vision_transformer_sam.Attention": f"{_BIAS}, within windows in most blocks",
+    "timm.models.visformer.Attention": _MAPS,
+    "timm.models.volo.Attention": _PYRAMID,
+    "timm.models.volo.ClassAttention": _CLASS_TOKEN,
+    "timm.models.volo.OutlookAttention": "weights come from the query alone, over its neighbours",
+    "timm.models.xcit.ClassAttentionBlock": _CLASS_TOKEN,
+    "timm.models.xcit.XCA": _CHANNELS,
 }
 
 
@@ -253,9 +312,15 @@ def prompt_reason(block: object) -> str | None:
     if reason is None:
         attn: Any = block.attn  # type: ignore[attr-defined]
         if ATTENTION[type(attn)].weights(attn) is None:
-            maps = (attn.qkv, attn.proj) if attn.qkv is not None else (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj)
+            maps = (
+                (attn.qkv, attn.proj)
+                if attn.qkv is not None
+                else (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj)
+            )
             odd = next(m for m in maps if not _plain(m))
-            reason = f"{class_path(odd)} stands where a plain torch.nn.Linear is read; merge or remove it first"
+            reason = (
+                f"{class_path(odd)} stands where a plain torch.nn.Linear is read; merge or remove it first"
+            )
     return reason
 
 

@@ -1,4 +1,4 @@
-"""What a method is to a `PromptModel`: parameters, what is made of them once a forward, and a run through the blocks."""
+"""What a method is to a `PromptModel`: parameters, what is made of them once, and a run through the blocks."""
 
 from __future__ import annotations
 

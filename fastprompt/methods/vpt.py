@@ -1,9 +1,9 @@
 """Visual Prompt Tuning: shallow, deep and partial deep (Jia et al., ECCV 2022), with the exact shortcuts.
 
-In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt rows
-out, so that what a block computes for its prompt rows is read by nobody, unless the next block carries them on or the
-head averages them. Such prompts are keys and values only here, made once for the whole batch; only from the block on
-whose prompt rows are read do they stand in the sequence.
+In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt
+rows out, so that what a block computes for its prompt rows is read by nobody, unless the next block carries them on or
+the head averages them. Such prompts are keys and values only here, made once for the whole batch; they stand in the
+sequence only from the block on whose prompt rows are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt import backbone, blocks
-from fastprompt.blocks import BlockPrompts, Sequence
+from fastprompt.blocks import BlockPrompts, Context
 from fastprompt.config import VPTConfig
 from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
 
@@ -38,7 +38,9 @@ class VPT(PromptMethod):
         self.config = config
         self.depth = len(base.blocks)
         if config.blocks is not None and config.blocks > self.depth:
-            raise ValueError(f"VPTConfig: `blocks` must be <= {self.depth}, the model's depth; got {config.blocks}")
+            raise ValueError(
+                f"VPTConfig: `blocks` must be <= {self.depth}, the model's depth; got {config.blocks}"
+            )
         # How many blocks have prompts of their own; shallow is the case of one.
         self.prompted = (config.blocks or self.depth) if config.deep else 1
         reads_prompts = config.pool in ("all", "prompt")
@@ -56,7 +58,8 @@ class VPT(PromptMethod):
         bound = math.sqrt(6.0 / (3 * height * breadth + width))
         sets = 1 if config.shared_across_blocks else self.prompted
         model.prompts = nn.ParameterList(
-            nn.Parameter(like.new_empty(config.num_prompts, width).uniform_(-bound, bound)) for _ in range(sets)
+            nn.Parameter(like.new_empty(config.num_prompts, width).uniform_(-bound, bound))
+            for _ in range(sets)
         )
         model.prompt_project = None
         if config.project is not None:
@@ -92,11 +95,11 @@ class VPT(PromptMethod):
         prefix, carried = base.num_prefix_tokens, 0
         for i, block in enumerate(base.blocks[:depth]):
             if i == self.carry_from and state.carried is not None:
-                rows = state.carried.to(x.dtype).expand(x.shape[0], -1, -1)
+                rows = state.carried.expand(x.shape[0], -1, -1)
                 carried = rows.shape[1]
                 x = torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
             reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
-            context = (state.prompts[i], Sequence(ropes[i], carried))
+            context = (state.prompts[i], Context(ropes[i], carried))
             if reading.rows is not None:
                 x = run_checkpointed(base, blocks.run_rows, block, x, reading.rows, *context)
             elif reading.spans is not None:
@@ -112,6 +115,9 @@ class VPT(PromptMethod):
         p = model.prompts[0 if self.config.shared_across_blocks else i]
         if model.prompt_project is not None:
             p = model.prompt_project(p)
+        p = p.to(
+            next(model.base.parameters()).dtype
+        )  # prompts may be kept in float32 beside a bfloat16 backbone
         if self.config.dropout > 0 and model.training and batch_size is not None:
             p = F.dropout(p.expand(batch_size, -1, -1), self.config.dropout)
         return p

@@ -39,7 +39,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Backend:
-    """State of one backend in this process: `reason` says why it serves nothing here, None when it serves `operations`."""
+    """One backend in this process: the `operations` it serves, or the `reason` why it serves nothing (else None)."""
 
     name: str
     reason: str | None
@@ -64,7 +64,9 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _availability: dict[str, Callable[[], str | None]] = {}
 
 
-def register(operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]) -> None:
+def register(
+    operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]
+) -> None:
     """Add the implementation of `operation` on `backend`; called once by each kernel's launcher."""
     _implementations.setdefault(operation, {})[backend] = Implementation(run, can_run)
 
@@ -133,8 +135,9 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Implementatio
                 f"use backend 'auto' or 'eager'"
             )
         return backend, _implementations[operation][backend]
-    for name, implementation in _implementations[operation].items():
-        if _unavailable(name) is None and implementation.can_run(*args) is None:
+    for name in BACKENDS:
+        implementation = _implementations[operation].get(name)
+        if implementation and _unavailable(name) is None and implementation.can_run(*args) is None:
             return name, implementation
     raise NotImplementedError(f"`{operation}`: no backend can serve this call:\n{_reasons(operation, *args)}")
 

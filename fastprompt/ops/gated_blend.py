@@ -2,7 +2,7 @@
 
     y = x + delta;   y[:, start : start + length] = gate · y[:, ...] + (1 - gate) · prompt_in
 
-GateVPT (Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023, eq. 5): a block
+GateVPT (Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023): a block
 passes on `gate` of what it did to the prompts. Since y = prompt_in + Δ on those rows, it is a gated residual.
 """
 
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from fastprompt.kernels import native
 from fastprompt.ops import dispatch
-from fastprompt.ops.registration import accumulation_dtype, autocast, define, differentiate, refuse_second_derivative
+from fastprompt.ops.registration import (
+    accumulation_dtype,
+    autocast,
+    define,
+    differentiate,
+    refuse_second_derivative,
+)
 
 
 def gated_blend(
@@ -71,7 +77,9 @@ def _check(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int
     if start < 0 or length < 0 or start + length > N:
         fail(f"rows start={start} .. start+length={start + length} do not lie within N={N}")
     if prompt_in.shape != (B, length, D):
-        fail(f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it")
+        fail(
+            f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
+        )
     if gate.numel() != 1 or not gate.is_floating_point():
         fail(f"`gate` must be a floating-point tensor of one element; got {gate.dtype}, {tuple(gate.shape)}")
     tensors = {"delta": delta, "prompt_in": prompt_in}
@@ -83,7 +91,9 @@ def _check(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int
     if not torch.is_autocast_enabled(x.device.type):
         for name, tensor in tensors.items():
             if tensor.dtype != x.dtype:
-                raise TypeError(f"`gated_blend`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them")
+                raise TypeError(
+                    f"`gated_blend`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
+                )
 
 
 # The operator ---------------------------------------------------------------------------------------------------
@@ -215,7 +225,9 @@ def _forward_cpu(
     return torch.ops.fastprompt_cpu.gated_blend(x, delta, prompt_in, gate, start, length)
 
 
-def _backward_cpu(grad: Tensor, gate: Tensor, difference: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cpu(
+    grad: Tensor, gate: Tensor, difference: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fastprompt_cpu.gated_blend_backward(grad, gate, difference, *rest)
 
 

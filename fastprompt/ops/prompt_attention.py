@@ -18,7 +18,13 @@ from einops import rearrange
 from torch import Tensor
 
 from fastprompt.ops import dispatch
-from fastprompt.ops.registration import accumulation_dtype, autocast, define, differentiate, refuse_second_derivative
+from fastprompt.ops.registration import (
+    accumulation_dtype,
+    autocast,
+    define,
+    differentiate,
+    refuse_second_derivative,
+)
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -137,11 +143,15 @@ def _check(
     if prompt_k is not None and prompt_v is not None:
         tensors.update(prompt_k=prompt_k, prompt_v=prompt_v)
         if prompt_k.shape != prompt_v.shape:
-            fail(f"`prompt_k` and `prompt_v` differ in shape: {tuple(prompt_k.shape)}, {tuple(prompt_v.shape)}")
+            fail(
+                f"`prompt_k` and `prompt_v` differ in shape: {tuple(prompt_k.shape)}, {tuple(prompt_v.shape)}"
+            )
         shape = tuple(prompt_k.shape)
         if prompt_index is not None:
             if len(shape) != 4 or shape[2:] != (H, d):
-                fail(f"with `prompt_index`, `prompt_k` must be a table [T, P, H, d], H={H}, d={d}; got {shape}")
+                fail(
+                    f"with `prompt_index`, `prompt_k` must be a table [T, P, H, d], H={H}, d={d}; got {shape}"
+                )
             if prompt_index.shape != (B,) or prompt_index.dtype not in (torch.int64, torch.int32):
                 fail(
                     f"`prompt_index` must be int64 or int32 of shape [B] = [{B}]; "
@@ -211,7 +221,9 @@ def _flops_backward(grad: Any, q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any
     if not _needs_image_keys(needs):
         return product * P * (1 + needs[4] + 2 * needs[3])
     # Scores, d(weights), and one product for each of dq, dk, dv.
-    return product * (k[1] + P) * (2 + (needs[0] or needs[5]) + (needs[1] or needs[3]) + (needs[2] or needs[4]))
+    return (
+        product * (k[1] + P) * (2 + (needs[0] or needs[5]) + (needs[1] or needs[3]) + (needs[2] or needs[4]))
+    )
 
 
 _OPERATOR = define(
@@ -314,9 +326,7 @@ def _backward_eager(
         prompt_k, prompt_v = prompt_k.to(wide), prompt_v.to(wide)
     if not _needs_image_keys(needs):
         # Nothing before this block trains: the prompt columns alone, [B, H, Nq, P].
-        keys, values = (
-            _all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v))
-        )
+        keys, values = (_all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v)))
     else:
         keys, values = _all_keys(k, prompt_k, prompt_index), _all_keys(v, prompt_v, prompt_index)
     if _needs_image_keys(needs) and _flash_serves(q, keys):
@@ -328,13 +338,12 @@ def _backward_eager(
         )
     else:
         dq, dkeys, dvalues = _backward_by_products(grad, q, keys, values, out, lse, scale, temperature, needs)
-    empty = inputs[0].new_empty(0)
-    results = [empty] * 6
+    results: list[Tensor | None] = [None] * 6
     P = 0 if prompt_k is None else prompt_k.shape[-3]
     N = keys.shape[1] - P
     if needs[0]:
         results[0] = dq
-    for i, d, x, p in ((1, dkeys, k, prompt_k), (2, dvalues, v, prompt_v)):
+    for i, d, p in ((1, dkeys, prompt_k), (2, dvalues, prompt_v)):
         if needs[i]:
             results[i] = d[:, :N]
         if needs[i + 2] and p is not None:
@@ -342,9 +351,10 @@ def _backward_eager(
     if needs[5] and temperature is not None:
         # Scores are linear in q, so that sum(q · dq) is the sum of score · d(score), and score ~ 1 / temperature.
         results[5] = -(q * dq).sum().reshape(temperature.shape) / temperature
+    # An operator's outputs may not share memory: each gradient that nobody needs is a tensor of its own.
     return tuple(  # type: ignore[return-value]
-        empty if x is None or not need else r.to(x.dtype).contiguous()
-        for r, x, need in zip(results, inputs, needs, strict=True)
+        inputs[0].new_empty(0) if x is None or r is None else r.to(x.dtype).contiguous()
+        for r, x in zip(results, inputs, strict=True)
     )
 
 
@@ -398,9 +408,7 @@ def _flash_serves(q: Tensor, keys: Tensor) -> bool:
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, N, H, d] -> [B, H, N, d]; the flash kernel wants the last dimension dense."""
-    return tuple(
-        rearrange(x if x.stride(-1) == 1 else x.contiguous(), "B N H d -> B H N d") for x in tensors
-    )
+    return tuple(rearrange(x if x.stride(-1) == 1 else x.contiguous(), "B N H d -> B H N d") for x in tensors)
 
 
 def _divide(scale: float, temperature: Tensor | None) -> float:

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from fastprompt.ops import dispatch
 from fastprompt.ops.prompt_attention import prompt_attention
-from fastprompt.ops.registration import accumulation_dtype, autocast, define, differentiate, refuse_second_derivative
+from fastprompt.ops.registration import (
+    accumulation_dtype,
+    autocast,
+    define,
+    differentiate,
+    refuse_second_derivative,
+)
 
 Form = Literal["auto", "folded", "direct"]
 
@@ -42,7 +48,10 @@ class AttentionWeights(NamedTuple):
 
 
 class FoldedPrompts(NamedTuple):
-    """Prompts folded through the attention's weights: `key` [H, P, D], `bias` [H, P], `value` [H, P, D], `out_bias` [D]."""
+    """Prompts folded through the attention's weights.
+
+    `key` [H, P, D], `bias` [H, P], `value` [H, P, D], and `out_bias` [D] or None.
+    """
 
     key: Tensor
     bias: Tensor
@@ -118,7 +127,9 @@ def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, sca
     if weights.q_bias is None:
         bias = k.new_zeros(k.shape[:2])
     else:
-        bias = torch.einsum("hpd,hd->hp", k, rearrange(weights.q_bias, "(H d) -> H d", H=num_heads).to(k.dtype))
+        bias = torch.einsum(
+            "hpd,hd->hp", k, rearrange(weights.q_bias, "(H d) -> H d", H=num_heads).to(k.dtype)
+        )
     value = torch.matmul(v, rearrange(weights.proj_weight, "D (H d) -> H d D", H=num_heads).to(v.dtype))
     return FoldedPrompts(key, bias, value, weights.proj_bias)
 
@@ -248,7 +259,9 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 6
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
-    gradients = torch.ops.fastprompt.folded_cross_attention_backward(grad, *ctx.saved_tensors, needs, ctx.backend)
+    gradients = torch.ops.fastprompt.folded_cross_attention_backward(
+        grad, *ctx.saved_tensors, needs, ctx.backend
+    )
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
 
 
@@ -272,7 +285,7 @@ def _forward_eager(
     weights = logits.sub(lse.unsqueeze(-1)).exp_().flatten(1).to(x.dtype)
     values = value.flatten(0, 1)
     out = weights @ values if out_bias is None else torch.addmm(out_bias.to(x.dtype), weights, values)
-    return out.view(B, N, -1), lse.view(B, N, -1)
+    return out.view(B, N, value.shape[2]), lse.view(B, N, key.shape[0])
 
 
 def _backward_eager(
@@ -282,7 +295,7 @@ def _backward_eager(
     H, P, _ = key.shape
     rows = grad.flatten(0, 1)
     weights = (_logits(x, key, bias) - rearrange(lse, "B N H -> (B N) H 1")).exp_()
-    results = [x.new_empty(0)] * 5
+    results = [x.new_empty(0) for _ in range(5)]  # an operator's outputs may not share memory
     if any(needs[:3]):
         d_weights = rearrange(rows @ value.flatten(0, 1).mT, "n (H P) -> n H P", H=H).to(wide)
         delta = (d_weights * weights).sum(-1, keepdim=True)

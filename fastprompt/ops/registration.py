@@ -110,7 +110,12 @@ def _loop_over_slices(op: Any) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         results = [
-            op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
+            op(
+                *(
+                    a.select(dim, i) if isinstance(dim, int) else a
+                    for a, dim in zip(args, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):

@@ -4,8 +4,8 @@ With R query rows of an image the keys and values of its N rows need not be made
 
     q·k_jᵀ = (W_kᵀ·q)·h_j + q·b_k,   Σ_j p_j·v_j = W_v·(Σ_j p_j·h_j) + b_v,
 
-the softmax ignores q·b_k, and Σ p_j = 1. What is left are products of R·H rows with the normed rows h themselves. That is
-the last block of a class-token model, whose head reads one row. Not with q/k norm or rope, which act on projected keys.
+the softmax ignores q·b_k, and Σ p_j = 1. What is left are products of R·H rows with the normed rows h themselves. That
+is the last block of a class-token model, whose head reads one row. Not with q/k norm or rope: they act on made keys.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def row_attention(
     """
     B, R, H, d = q.shape
     scale = d**-0.5 if scale is None else scale
-    query = torch.einsum("brhd,hdD->brhD", q * scale, rearrange(k_weight, "(H d) D -> H d D", H=H).to(q.dtype))
+    query = torch.einsum(
+        "brhd,hdD->brhD", q * scale, rearrange(k_weight, "(H d) D -> H d D", H=H).to(q.dtype)
+    )
     if temperature is not None:
         query = query / temperature.to(query.dtype)
     query = rearrange(query, "B R H D -> B (R H) D")

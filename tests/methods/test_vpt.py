@@ -1,0 +1,283 @@
+"""VPT on every served family against the concatenating implementation, and what each exact shortcut leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from concat_vpt import ConcatVPT
+from timm.layers import DropPath
+from timm_families import CLASSES, DEPTH, FAMILIES, PROMPTABLE, images, randomise, small, vit
+from torch import Tensor, nn
+
+import fastprompt
+from fastprompt import VPTConfig, backbone, blocks
+
+PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 1}}
+
+
+def prompted(base: nn.Module, config: VPTConfig) -> Any:
+    """A PromptModel with prompts large enough to matter."""
+    model = fastprompt.get_prompt_model(base, config)
+    with torch.no_grad():
+        for p in model.prompts:
+            p.normal_()
+    return model.eval()
+
+
+def pools_of(base: nn.Module) -> list[str]:
+    return [p for p in backbone.POOLS if backbone.pool_reason(base, p) is None]
+
+
+def oracle_of(model: Any, masks: list[Tensor] | None = None) -> ConcatVPT:
+    prompts = list(model.prompts)
+    if model.config.shared_across_blocks:
+        prompts *= model.method.prompted
+    return ConcatVPT(model.base, prompts, model.pool, masks)
+
+
+def gradients(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output, and the gradients of prompts and head for a fixed cotangent."""
+    out = model(x)
+    cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
+    heads = model.base.get_classifier()
+    trained = [*model.prompts] + [
+        p for h in (heads if isinstance(heads, tuple) else (heads,)) for p in h.parameters()
+    ]
+    return out, list(torch.autograd.grad((out * cotangent).sum(), trained))
+
+
+def assert_same(mine: Any, theirs: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", PROMPTABLE)
+def test_logits_and_gradients_equal_concatenation(family: str, place: str) -> None:
+    base, x = small(family), images()
+    for pool in pools_of(base):
+        model = prompted(small(family), VPTConfig(3, pool=pool, **PLACES[place]))
+        assert_same(gradients(model, x), gradients(oracle_of(model), x))
+
+
+@pytest.mark.parametrize("family", PROMPTABLE)
+def test_folded_features_and_head_agree_with_the_model(family: str) -> None:
+    x = images()
+    for pool in pools_of(small(family)):
+        for place in PLACES.values():
+            model = prompted(small(family), VPTConfig(3, pool=pool, **place))
+            with torch.no_grad():
+                logits = model(x)
+                assert_same(model.forward_head(model.forward_features(x)), logits)
+                assert_same(model.fold()(x), logits)
+
+
+@pytest.mark.parametrize("family", PROMPTABLE)
+def test_no_prompts_leave_the_backbone_as_it_is(family: str) -> None:
+    base, x = small(family), images()
+    expected = base(x)
+    for config in (VPTConfig(0), VPTConfig(0, deep=False)):
+        assert_same(fastprompt.get_prompt_model(base, config).eval()(x), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "vit-qk-norm", "rope-mixed"])
+def test_dropout_masks_of_each_image_equal_concatenation(
+    family: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same masks: the official code drops prompts after they are expanded to the batch."""
+    model = prompted(small(family), VPTConfig(3, dropout=0.4, **PLACES[place])).train()
+    masks: list[Tensor] = []
+
+    def dropout(p: Tensor, probability: float, training: bool = True, inplace: bool = False) -> Tensor:
+        if probability == 0 or not training:
+            return p  # the frozen backbone's own dropouts
+        assert p.shape[0] == 2, "prompts are expanded to the batch first"
+        masks.append((torch.rand(p.shape) > probability).to(p.dtype) / (1 - probability))
+        return p * masks[-1]
+
+    monkeypatch.setattr("fastprompt.methods.vpt.F.dropout", dropout)
+    mine = gradients(model, images())
+    assert len(masks) == model.method.prompted
+    assert not torch.equal(masks[0][0], masks[0][1])
+    assert_same(mine, gradients(oracle_of(model, masks), images()))
+
+
+def test_dropout_is_off_in_eval_mode_and_when_folded() -> None:
+    model = prompted(small("vit"), VPTConfig(3, dropout=0.9))
+    x = images()
+    assert_same(model(x), model(x))
+    assert_same(model.train().fold()(x), model.eval()(x))
+
+
+def test_shared_prompts_collect_the_gradients_of_all_blocks() -> None:
+    model = prompted(small("vit"), VPTConfig(3, shared_across_blocks=True))
+    assert len(model.prompts) == 1
+    logits, (shared, *_) = gradients(model, images())
+    oracle = oracle_of(model)
+    expected, per_block = gradients(oracle, images())
+    assert_same(logits, expected)
+    assert_same(shared, sum(per_block[:DEPTH]))
+
+
+def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
+    model = prompted(small("vit"), VPTConfig(3, project=10))
+    assert [tuple(p.shape) for p in model.prompts] == [(3, 10)] * DEPTH
+    oracle = ConcatVPT(model.base, [model.prompt_project(p) for p in model.prompts])
+    assert_same(model(images()), oracle(images()))
+    assert model.prompt_project.weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["vit", "deit-distilled", "rope-dinov3", "vit-avg-fc-norm"])
+@pytest.mark.parametrize("place", PLACES)
+def test_intermediates_are_the_concatenating_models_without_prompts(family: str, place: str) -> None:
+    model = prompted(small(family), VPTConfig(3, **PLACES[place]))
+    oracle, x = oracle_of(model), images()
+    prefix, P = model.base.num_prefix_tokens, 3
+    states = oracle.tokens(x)
+    if place == "partial":
+        assert states[0].shape == states[1].shape
+    expected = [torch.cat([s[:, :prefix], s[:, prefix + P :]], 1) for s in states]
+    final, rows = model.forward_intermediates(x, output_fmt="NLC")
+    assert_same(rows, [s[:, prefix:] for s in expected])
+    assert_same(final, model.base.norm(expected[-1]))
+    (maps,) = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True, norm=True)
+    expected_map = model.base.norm(expected[0])[:, prefix:].mT.reshape(2, -1, 4, 4)
+    assert_same(maps, expected_map)
+    pairs = model.forward_intermediates(
+        x, 1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    assert_same(pairs[0][1], expected[-1][:, :prefix])
+    with pytest.raises(ValueError, match="NHWC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+def test_intermediates_have_timms_shapes_and_order() -> None:
+    base = small("vit-registers")
+    x = images()
+    expected = base.forward_intermediates(x, indices=2)  # type: ignore[operator]
+    model = prompted(base, VPTConfig(0))
+    assert_same(model.forward_intermediates(x, indices=2), expected)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    for place in PLACES.values():
+        model = prompted(small("vit"), VPTConfig(3, **place))
+        plain = gradients(model, images())
+        model.base.set_grad_checkpointing(True)
+        assert_same(gradients(model, images()), plain)
+
+
+def test_drop_path_of_frozen_blocks_is_active_only_on_request() -> None:
+    def build() -> nn.Module:
+        return randomise(vit(drop_path_rate=0.5, depth=4)).to(torch.float64)
+
+    still = prompted(build(), VPTConfig(3)).train()
+    assert not any(m.training for m in still.base.modules() if isinstance(m, DropPath))
+    assert_same(still(images()), still(images()))
+    moving = prompted(build(), VPTConfig(3, backbone_train_mode=True)).train()
+    assert any(m.training for m in moving.base.modules() if isinstance(m, DropPath))
+    torch.manual_seed(0)
+    mine = moving(images(8))
+    oracle = oracle_of(moving).train()
+    torch.manual_seed(0)
+    assert_same(
+        mine, oracle(images(8))
+    )  # the same images drop the same branches, in the last block's one row too
+
+
+# What the shortcuts leave out -----------------------------------------------------------------------------------
+
+
+def linear_rows(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that enter F.linear, which every projection goes through."""
+    shapes: list[tuple[int, ...]] = []
+    original = F.linear
+
+    def spy(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(tuple(rows.shape))
+        return original(rows, *args, **kwargs)
+
+    monkeypatch.setattr(F, "linear", spy)
+    monkeypatch.setattr("torch.nn.modules.linear.F.linear", spy)
+    model(x)
+    monkeypatch.undo()
+    return shapes
+
+
+def test_deep_prompts_are_projected_once_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = linear_rows(prompted(small("vit"), VPTConfig(5)), images(7), monkeypatch)
+    assert all(s[-2] in (17, 5, 1) for s in shapes if len(s) == 3 or s[0] == 5), shapes
+    assert sum(s == (5, 48) for s in shapes) == DEPTH - 1  # the last block's are folded away
+    assert not any(s[-2] == 22 for s in shapes if len(s) == 3)
+
+
+def test_last_block_of_a_class_token_model_runs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = linear_rows(prompted(small("vit"), VPTConfig(5)), images(7), monkeypatch)
+    full = [s for s in shapes if s[:2] == (7, 17)]
+    one = [s for s in shapes if s[:2] == (7, 1)]
+    assert len(full) == 4 * (DEPTH - 1)  # qkv, proj, fc1, fc2
+    assert len(one) == 4  # q, proj, fc1, fc2: no keys, no values
+
+
+def test_q_and_k_norm_keep_the_keys_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = linear_rows(prompted(small("vit-qk-norm"), VPTConfig(5)), images(7), monkeypatch)
+    assert len([s for s in shapes if s[:2] == (7, 17)]) == 4 * (DEPTH - 1) + 1
+
+
+def test_mean_then_norm_runs_fc2_of_the_last_block_on_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prompted(small("vit-avg-fc-norm"), VPTConfig(5))
+    shapes = linear_rows(model, images(7), monkeypatch)
+    hidden = [s for s in shapes if s[-1] == 4 * 48]
+    assert hidden == [(7, 16, 192)] * (DEPTH - 1) + [(7, 1, 192)]
+
+
+def test_block_zero_saves_nothing_of_the_image_keys() -> None:
+    """Nothing before block 0 trains: its backward makes d(prompts) alone."""
+    model = prompted(small("vit"), VPTConfig(3))
+    x, ropes = backbone.embed(model.base, images())
+    state = model.method.prepare(model, 2, model._read)
+    asked: list[list[bool]] = []
+    original = torch.ops.fastprompt.prompt_attention_backward
+
+    class Spy:
+        def __call__(self, *args: Any) -> Any:
+            asked.append(args[-2])
+            return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.fastprompt, "prompt_attention_backward", Spy(), raising=False)
+        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context()).sum().backward()
+    assert asked == [[False, False, False, True, True, False]]
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    model = prompted(small("vit"), VPTConfig(3)).train()
+    model(images()).sum().backward()
+    heads = {id(p) for p in model.base.head.parameters()}
+    for p in model.base.parameters():
+        assert (p.grad is not None) == (id(p) in heads)
+    assert all(p.grad is not None for p in model.prompts)
+
+
+def test_nan_prompts_reach_the_logits() -> None:
+    for config in (VPTConfig(3), VPTConfig(3, deep=False)):
+        model = prompted(small("vit"), config)
+        with torch.no_grad():
+            model.prompts[-1][0, 0] = float("nan")
+        assert model(images()).isnan().all()
+
+
+def test_empty_batch_gives_empty_logits() -> None:
+    for family in ("vit", "vit-avg-fc-norm", "rope-mixed"):
+        for config in (VPTConfig(3), VPTConfig(3, deep=False)):
+            assert prompted(small(family), config)(images(2)[:0]).shape == (0, CLASSES)
+
+
+def test_every_family_of_the_table_was_tried() -> None:
+    refused = [n for n, f in FAMILIES.items() if f.present and not f.prompts]
+    for name in refused:
+        with pytest.raises(NotImplementedError, match="NaFlexVit"):
+            fastprompt.get_prompt_model(small(name), VPTConfig(3))

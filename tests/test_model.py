@@ -1,0 +1,254 @@
+"""PromptModel as a user meets it: what trains, modes, devices and dtypes, folding, compiling, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm_families import CLASSES, DEPTH, images, small, vit
+from torch import nn
+
+import fastprompt
+from fastprompt import PromptOutput, VPTConfig
+
+
+def build(config: VPTConfig | None = None, **kwargs: Any) -> Any:
+    return fastprompt.get_prompt_model(vit(**kwargs).to(torch.float64), config or VPTConfig(3))
+
+
+def test_calling_without_labels_returns_logits_and_with_labels_an_output() -> None:
+    model = build()
+    logits = model(images(3))
+    assert logits.shape == (3, CLASSES)
+    output = model(images(3), labels=torch.zeros(3, dtype=torch.long))
+    assert isinstance(output, PromptOutput)
+    torch.testing.assert_close(output.logits, logits)
+    assert output.method_loss.shape == ()
+    assert output.method_loss == 0
+    with pytest.raises(ValueError, match=re.escape("(3,); got (2,)")):
+        model(images(3), labels=torch.zeros(2, dtype=torch.long))
+
+
+def test_only_prompts_and_head_train(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(VPTConfig(3))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"prompts.0", "prompts.1", "base.head.weight", "base.head.bias"}
+    assert sum(p.numel() for p in model.trainable_parameters()) == DEPTH * 3 * 48 + 48 * CLASSES + CLASSES
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 533 || all params: ")
+
+
+def test_a_training_step_moves_what_trains_and_nothing_else() -> None:
+    model = build().train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.1)
+    output = model(images(4), labels=torch.arange(4))
+    (F.cross_entropy(output.logits, torch.arange(4)) + output.method_loss).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def test_train_keeps_the_frozen_backbone_in_eval_mode() -> None:
+    model = build(drop_rate=0.5).train()
+    assert model.training
+    assert model.base.head.training
+    assert model.base.head_drop.training
+    assert not any(block.training for block in model.base.blocks)
+    assert not model.eval().base.head_drop.training
+    assert build(VPTConfig(3, backbone_train_mode=True)).train().base.blocks[0].training
+
+
+def test_new_model_takes_over_the_mode_of_the_timm_model() -> None:
+    assert fastprompt.get_prompt_model(vit().train(), VPTConfig(1)).training
+    assert not fastprompt.get_prompt_model(vit().eval(), VPTConfig(1)).training
+
+
+def test_weights_are_shared_and_state_dict_restores_everything() -> None:
+    base = small("vit")
+    weight = base.blocks[0].attn.qkv.weight  # type: ignore[union-attr, index]
+    model = fastprompt.get_prompt_model(base, VPTConfig(3)).eval()
+    assert model.base.blocks[0].attn.qkv.weight is weight
+    other = fastprompt.get_prompt_model(small("vit", seed=9), VPTConfig(3)).eval()
+    assert not torch.allclose(other(images()), model(images()))
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(images()), model(images()))
+
+
+@pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
+def test_copies_and_pickles_compute_the_same(config: VPTConfig) -> None:
+    model = build(config).eval()
+    expected = model(images())
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(clone(images()), expected)
+        with torch.no_grad():
+            clone.prompts[0].add_(1)
+        torch.testing.assert_close(model(images()), expected)
+
+
+def test_works_after_replace_attention_and_the_other_way_round() -> None:
+    base = small("vit")
+    expected = fastprompt.get_prompt_model(copy.deepcopy(base), VPTConfig(0)).eval()(images())
+    assert len(fastprompt.replace_attention(base).replaced) == DEPTH
+    model = fastprompt.get_prompt_model(base, VPTConfig(0)).eval()
+    torch.testing.assert_close(model(images()), expected)
+    assert fastprompt.restore_attention(model) == DEPTH
+    torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_runs_in_other_dtypes_and_follows_to(dtype: torch.dtype) -> None:
+    model = build().eval()
+    expected = model(images())
+    model.to(dtype)
+    assert model.prompts[0].dtype == dtype
+    logits = model(images(dtype=dtype))
+    assert logits.dtype == dtype
+    error = (logits - expected).abs().max()
+    assert error < 40 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_float32_prompts_train_on_a_bfloat16_backbone() -> None:
+    """Prompts take the backbone's dtype when made; a user may keep them in float32 for the optimizer."""
+    for config in (VPTConfig(3), VPTConfig(3, deep=False)):
+        model = fastprompt.get_prompt_model(vit().bfloat16(), config)
+        model.prompts.float()
+        model(images(dtype=torch.bfloat16)).float().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.prompts)
+
+
+@pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "rope-mixed", "vit-qk-norm"])
+@pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
+def test_autocast_runs_and_keeps_gradients_in_float32(family: str, config: VPTConfig) -> None:
+    model = fastprompt.get_prompt_model(small(family, torch.float32), config)
+    exact = model(images(dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images(dtype=torch.float32))
+    (logits - exact).abs().max().backward()
+    assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+    assert model.prompts[0].grad.dtype == torch.float32
+    assert model.prompts[0].grad.isfinite().all()
+
+
+def test_folded_model_is_for_inference_and_says_so() -> None:
+    model = build().eval()
+    folded = model.fold()
+    assert not folded(images()).requires_grad
+    assert {name for name, _ in folded.named_buffers()} >= {"constant_1", "constant_2"}
+    with pytest.raises(RuntimeError, match="for inference"):
+        folded.train()
+    assert folded.eval() is folded
+    with torch.no_grad():
+        model.prompts[0].normal_()
+    assert not torch.allclose(folded(images()), model(images())), "constants are as they were"
+    torch.testing.assert_close(model.fold()(images()), model(images()))
+    assert folded.to(torch.float32)(images(dtype=torch.float32)).dtype == torch.float32
+
+
+def test_folding_leaves_prompts_out_of_each_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = build().fold()
+    monkeypatch.setattr(
+        "fastprompt.blocks.prepare_prompts", lambda *a, **k: pytest.fail("prompts are constants")
+    )
+    folded(images())
+
+
+@pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
+@pytest.mark.parametrize("family", ["vit", "rope-mixed", "vit-avg-fc-norm"])
+def test_compiles_as_one_graph_with_gradients(family: str, config: VPTConfig) -> None:
+    torch._dynamo.reset()
+    model = fastprompt.get_prompt_model(small(family), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(images())
+    logits = compiled(images())
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(logits.sum(), list(model.prompts)),
+        torch.autograd.grad(expected.sum(), list(model.prompts)),
+    )
+
+
+def test_exports_for_inference() -> None:
+    folded = build().fold()
+    program = torch.export.export(folded, (images(2),))
+    torch.testing.assert_close(program.module()(images(2)), folded(images(2)))
+
+
+# Refusals: before anything is changed ---------------------------------------------------------------------------
+
+
+class Subclass(timm.models.vision_transformer.VisionTransformer):
+    pass
+
+
+def flags(model: nn.Module) -> list[bool]:
+    return [p.requires_grad for p in model.parameters()]
+
+
+def test_unsupported_models_are_refused_unchanged() -> None:
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
+    before = flags(swin)
+    with pytest.raises(NotImplementedError, match=r"SwinTransformer: not one of timm's VisionTransformer"):
+        fastprompt.get_prompt_model(swin, VPTConfig(3))
+    assert flags(swin) == before
+    with pytest.raises(NotImplementedError, match="Subclass: a subclass"):
+        fastprompt.get_prompt_model(Subclass(depth=1, embed_dim=48, num_heads=3), VPTConfig(3))
+    with pytest.raises(TypeError, match="got str"):
+        fastprompt.get_prompt_model("vit_base_patch16_224", VPTConfig(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="prompts already"):
+        fastprompt.get_prompt_model(build(), VPTConfig(3))
+    with pytest.raises(TypeError, match="VPTConfig; got dict"):
+        fastprompt.get_prompt_model(vit(), {"num_prompts": 3})  # type: ignore[arg-type]
+
+
+def test_one_odd_block_is_refused_with_its_place() -> None:
+    base: Any = vit()
+    base.blocks[1].attn.qkv = nn.Sequential(base.blocks[1].attn.qkv)
+    with pytest.raises(NotImplementedError, match=r"blocks\.1: .*Sequential stands where"):
+        fastprompt.get_prompt_model(base, VPTConfig(3))
+    assert all(flags(base))
+
+
+def test_more_prompted_blocks_than_the_model_has_are_refused() -> None:
+    base = vit()
+    with pytest.raises(ValueError, match=r"`blocks` must be <= 2, the model's depth; got 3"):
+        fastprompt.get_prompt_model(base, VPTConfig(3, blocks=3))
+    assert all(flags(base))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("deit-distilled", "distilled head"), ("vit-map", "pools by attention")],
+)
+def test_pools_that_the_head_cannot_read_are_refused(family: str, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"pool='image' cannot be had.*{reason}"):
+        fastprompt.get_prompt_model(small(family), VPTConfig(3, pool="image"))
+
+
+def test_active_attention_dropout_is_refused_rather_than_dropped() -> None:
+    with pytest.raises(NotImplementedError, match=r"attention dropout 0\.1 would be active"):
+        build(VPTConfig(3, backbone_train_mode=True), attn_drop_rate=0.1)
+    model = build(attn_drop_rate=0.1).train()
+    model(images())  # the frozen backbone is in eval mode
+    model.base.blocks[0].train()
+    with pytest.raises(NotImplementedError, match="attention dropout"):
+        model(images())
+
+
+def test_head_that_reads_every_token_gets_every_token() -> None:
+    model = build(global_pool="").eval()
+    assert model(images()).shape == (2, 17, CLASSES)
+    with pytest.raises(NotImplementedError, match="every token"):
+        build(VPTConfig(3, pool="all"), global_pool="")
+
+
+def test_model_without_a_head_returns_pooled_features() -> None:
+    model = build(num_classes=0)
+    assert model(images()).shape == (2, 48)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompts.0", "prompts.1"]

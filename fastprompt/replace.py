@@ -34,8 +34,7 @@ _BACKEND, _OWN_PATH = "_fastprompt_backend", "_fastprompt_own_path"
 
 def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """The replaced `forward`: kernels, or timm's own path, counted, for what they do not serve."""
-    backend = getattr(attn, _BACKEND)
-    reason = _own_path_reason(attn, x, attn_mask, is_causal, backend)
+    reason = _own_path_reason(attn, attn_mask, is_causal)
     if reason is not None:
         if not torch.compiler.is_compiling():
             getattr(attn, _OWN_PATH)[reason] += 1
@@ -47,20 +46,16 @@ def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None
         return _original(attn).forward(attn, x, **options)
     adapter = vit.ATTENTION[type(attn)]
     q, k, v = adapter.qkv(attn, x, rope)
-    return adapter.finish(attn, vit.attend(attn, q, k, v, backend=backend), x)
+    return adapter.finish(attn, vit.attend(attn, q, k, v, backend=getattr(attn, _BACKEND)), x)
 
 
-def _own_path_reason(
-    attn: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool, backend: str
-) -> str | None:
+def _own_path_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> str | None:
     if attn_mask is not None:
         return "an attention mask"
     if is_causal:
         return "causal attention"
     if vit.drops_attention(attn):
         return "active attention dropout"
-    if x.device.type != "cpu" and backend == dispatch.AUTO and dispatch.only_eager("prompt_attention"):
-        return f"no {x.device.type} kernel in this installation"
     return None
 
 
@@ -142,7 +137,7 @@ class ReplacementReport:
         if groups:
             table = [("modules", "first", "class", "action")]
             for (cls, reason), count in groups.items():
-                action = "replaced" if reason is None else f"skipped: {reason}"
+                action = "replaced" if reason is None else "skipped: " + reason.removeprefix(f"{cls}: ")
                 table.append((str(count), first[cls, reason] or "(the model)", cls, action))
             widths = [max(len(row[i]) for row in table) for i in range(3)]
             lines += [
@@ -229,14 +224,16 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str | Non
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Attention by class, or a block known for its own kind of attention; heads that pool by attention are not."""
+    """Attention by class, or a block that is known for its own kind; heads that pool by attention are not.
+
+    A class that is only called attention counts if it holds none: it may be a user's whole model.
+    """
     if isinstance(module, _POOLS):
         return False
-    return (
-        type(module) in vit.ATTENTION
-        or vit.is_refused(module)
-        or "attention" in type(module).__name__.lower()
-    )
+    if type(module) in vit.ATTENTION or vit.is_refused(module):
+        return True
+    named = "attention" in type(module).__name__.lower()
+    return named and not any(type(m) in vit.ATTENTION for m in module.modules())
 
 
 def _replacement_reason(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:

@@ -156,7 +156,7 @@ def why_missing(operation: str, backend: str) -> str | None:
 
 def only_eager(operation: str) -> bool:
     """Whether no backend but `eager` has a kernel for `operation` in this process."""
-    return all(why_missing(operation, name) is not None for name in BACKENDS if name != "eager")
+    return all(name == "eager" or _unavailable(name) is not None for name in _implementations[operation])
 
 
 def explain(operation: str, *args: Any) -> dict[str, str | None]:

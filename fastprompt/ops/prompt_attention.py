@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.ops import dispatch
@@ -68,8 +68,14 @@ def prompt_attention(
     if prompt_k is not None and prompt_k.shape[-3] == 0:
         prompt_k = prompt_v = prompt_index = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = dispatch.requested(backend)
+    if prompt_k is None and temperature is None and backend == dispatch.AUTO and _is_plain(q):
+        # Attention without prompts, and no kernel of ours: PyTorch's own operator, with nothing around it.
+        return (
+            F.scaled_dot_product_attention(*_heads_first(q, k, v), scale=scale).transpose(1, 2).contiguous()
+        )
     arguments = (q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    out, _ = torch.ops.fastprompt.prompt_attention(*arguments, dispatch.requested(backend))
+    out, _ = torch.ops.fastprompt.prompt_attention(*arguments, backend)
     return out
 
 
@@ -402,13 +408,18 @@ def _needs_image_keys(needs: Sequence[bool]) -> bool:
     return needs[0] or needs[1] or needs[2] or needs[5]
 
 
+def _is_plain(q: Tensor) -> bool:
+    """Whether `auto` would serve q by `eager`, so that PyTorch's SDPA with its own gradient is the shorter way."""
+    return q.numel() > 0 and dispatch.only_eager("prompt_attention")
+
+
 def _flash_serves(q: Tensor, keys: Tensor) -> bool:
     return q.device.type == "cpu" and q.numel() > 0 and keys.numel() > 0
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, N, H, d] -> [B, H, N, d]; the flash kernel wants the last dimension dense."""
-    return tuple(rearrange(x if x.stride(-1) == 1 else x.contiguous(), "B N H d -> B H N d") for x in tensors)
+    return tuple((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors)
 
 
 def _divide(scale: float, temperature: Tensor | None) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import vit
-from fastprompt.ops import row_attention
+from fastprompt.ops import gated_blend, row_attention
 
 Span = tuple[int, int]
 
@@ -30,11 +30,17 @@ class BlockPrompts(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a block is told besides tokens and prompts: its rotary embedding, how many prompts are `carried` as rows."""
+    """What a block is told besides tokens and prompts.
+
+    `rope`: its rotary embedding; `carried` prompts stand in the sequence after `prefix` rows; `temperature` and `gate`:
+    GateVPT's one-element tensors, or None.
+    """
 
     rope: Tensor | None = None
     carried: int = 0
+    prefix: int = 0
     temperature: Tensor | None = None
+    gate: Tensor | None = None
 
 
 def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompts:
@@ -51,14 +57,19 @@ def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompt
 
 
 def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
-    """The whole block: x [B, N, D] -> [B, N, D]."""
+    """The whole block: x [B, N, D] -> [B, N, D]; with a gate, carried prompts are blended with those that entered."""
     adapter, _ = vit.adapters(block)
+    entered = x.narrow(1, context.prefix, context.carried)
     x = _attention(block, x, prompts, context)
-    return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x)))
+    out = block.mlp(adapter.mlp_input(block, x))
+    if context.gate is None:
+        return adapter.add_mlp(block, x, out)
+    delta = adapter.mlp_delta(block, out)
+    return gated_blend(x, delta, entered, context.gate, context.prefix, context.carried)
 
 
 def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, context: Context) -> Tensor:
-    """The block for its first `count` rows alone (prefix tokens): x [B, N, D] -> [B, count, D].
+    """The block for its first `count` rows alone (prefix tokens: no gate touches them): x [B, N, D] -> [B, count, D].
 
     Keys and values of the other rows are not made either, unless q/k norm or rotary embedding acts on them.
     """
@@ -93,6 +104,8 @@ def run_mean(
 
     `fc2` and layer scale are linear and act on the mean, one row instead of N.
     """
+    if context.gate is not None:
+        return select(run_block(block, x, prompts, context), spans).mean(1)
     adapter, _ = vit.adapters(block)
     x = select(_attention(block, x, prompts, context), spans)
     if not adapter.mean_commutes(block):

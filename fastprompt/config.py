@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -92,6 +93,11 @@ class PromptConfig:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             self._fail(field, "a number in [0, 1)")
 
+    def _check_number(self, field: str, above: float | None = None) -> None:
+        value = getattr(self, field)
+        if not _is_number(value) or (above is not None and value <= above):
+            self._fail(field, "a finite number" + ("" if above is None else f" > {above}"))
+
     def _check_pool(self) -> None:
         if getattr(self, "pool", None) not in get_args(Pool):
             self._fail("pool", f"one of {get_args(Pool)}")
@@ -148,3 +154,52 @@ class VPTConfig(PromptConfig):
             )
         if self.pool == "prompt" and self.num_prompts == 0:
             raise ValueError("VPTConfig: pool='prompt' averages prompts, and `num_prompts` is 0")
+
+
+@dataclass(frozen=True)
+class GateVPTConfig(PromptConfig):
+    """Gated prompt tuning (Yoo et al., ICML 2023): shallow prompts, a gate and a softmax temperature for each block.
+
+    Args:
+        num_prompts: P >= 1.
+        gate_init: the gates' logits start at -gate_init; the official examples use 5, the paper 1 to 20.
+        num_gates: the first so many blocks have a gate; None for all but the last.
+        temperature: True, one trained temperature for each block, from 1; a number, that temperature for all blocks,
+            fixed; False, none.
+        temperature_range: trained temperatures are clamped to it, in place, before every forward.
+        pool: what the head reads, as for :class:`VPTConfig`.
+        dropout: probability of dropping prompt values in training; each image draws its own mask.
+        backbone_train_mode: True puts the frozen blocks into train mode with the model; the official code does not.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    method: ClassVar[str] = "gate_vpt"
+
+    num_prompts: int
+    gate_init: float = 5.0
+    num_gates: int | None = None
+    temperature: bool | float = True
+    temperature_range: tuple[float, float] = (0.01, 10.0)
+    pool: Pool = "backbone"
+    dropout: float = 0.1
+    backbone_train_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        self._check_number("gate_init")
+        self._check_int("num_gates", 0, optional=True)
+        if not isinstance(self.temperature, bool):
+            self._check_number("temperature", above=0)
+        limits = tuple(self.temperature_range)
+        if len(limits) != 2 or not all(_is_number(t) for t in limits) or not 0 < limits[0] <= limits[1]:
+            self._fail("temperature_range", "two numbers, 0 < low <= high")
+        object.__setattr__(self, "temperature_range", limits)  # JSON gives a list
+        self._check_pool()
+        self._check_probability("dropout")
+        self._check_bool("backbone_train_mode")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

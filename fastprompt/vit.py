@@ -146,14 +146,22 @@ class BlockAdapter:
     def attention_input(self, block: Any, x: Tensor) -> Tensor:
         return block.norm1(x)
 
+    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
+        """What the attention branch adds to the residual stream, of its attention's output."""
+        return block.drop_path1(block.ls1(out))
+
     def add_attention(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path1(block.ls1(out))
+        return x + self.attention_delta(block, out)
 
     def mlp_input(self, block: Any, x: Tensor) -> Tensor:
         return block.norm2(x)
 
+    def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
+        """What the MLP branch adds to the residual stream, of its MLP's output."""
+        return block.drop_path2(block.ls2(out))
+
     def add_mlp(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path2(block.ls2(out))
+        return x + self.mlp_delta(block, out)
 
     def mean_commutes(self, block: Any) -> bool:
         """Whether a mean over rows can be taken before `fc2` and the residual add instead of after them."""
@@ -167,14 +175,14 @@ class ResPostBlockAdapter(BlockAdapter):
     def attention_input(self, block: Any, x: Tensor) -> Tensor:
         return x
 
-    def add_attention(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path1(block.norm1(out))
+    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
+        return block.drop_path1(block.norm1(out))
 
     def mlp_input(self, block: Any, x: Tensor) -> Tensor:
         return x
 
-    def add_mlp(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path2(block.norm2(out))
+    def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
+        return block.drop_path2(block.norm2(out))
 
     def mean_commutes(self, block: Any) -> bool:
         return False  # norm2 acts on each row of the MLP's output
@@ -183,11 +191,11 @@ class ResPostBlockAdapter(BlockAdapter):
 class EvaBlockAdapter(BlockAdapter):
     """timm's `EvaBlock`: `Block` with layer scale as parameters, on both branches, one, or none."""
 
-    def add_attention(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
+    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
+        return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
 
-    def add_mlp(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
+    def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
+        return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
 
 
 ATTENTION: dict[type, AttentionAdapter] = {

@@ -1,6 +1,7 @@
 """The methods: each file holds one, its prompts and how a model's blocks run with them."""
 
+from fastprompt.methods.gate_vpt import GateVPT
 from fastprompt.methods.method import METHODS, PromptMethod, method_for
 from fastprompt.methods.vpt import VPT
 
-__all__ = ["METHODS", "VPT", "PromptMethod", "method_for"]
+__all__ = ["METHODS", "VPT", "GateVPT", "PromptMethod", "method_for"]

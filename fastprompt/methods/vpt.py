@@ -23,10 +23,15 @@ from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
 
 
 class VPTState(NamedTuple):
-    """Each block's prompts as keys and values (None where it has none), and the rows that enter block `carry_from`."""
+    """Each block's prompts as keys and values (None where it has none), and the rows that enter block `carry_from`.
+
+    GateVPT adds a temperature for each block and a gate for the first of them.
+    """
 
     prompts: tuple[BlockPrompts | None, ...]
     carried: Tensor | None
+    temperatures: tuple[Tensor, ...] = ()
+    gates: tuple[Tensor, ...] = ()
 
 
 class VPT(PromptMethod):
@@ -99,7 +104,9 @@ class VPT(PromptMethod):
                 carried = rows.shape[1]
                 x = torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
             reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
-            context = (state.prompts[i], Context(ropes[i], carried))
+            temperature = state.temperatures[i] if state.temperatures else None
+            gate = state.gates[i] if i < len(state.gates) and carried else None
+            context = (state.prompts[i], Context(ropes[i], carried, prefix, temperature, gate))
             if reading.rows is not None:
                 x = run_checkpointed(base, blocks.run_rows, block, x, reading.rows, *context)
             elif reading.spans is not None:

@@ -1,0 +1,94 @@
+"""GateVPT against the numbers of the official code: forward and every gradient, through the public API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import golden_files
+import pytest
+import torch
+
+import fastprompt
+
+CASES = golden_files.names("gatevpt_")
+
+
+def prompt_model(case: golden_files.Case) -> Any:
+    config = case.config
+    model: Any = fastprompt.get_prompt_model(
+        golden_files.backbone(case.mean_pooled),
+        fastprompt.GateVPTConfig(
+            config["NUM_TOKENS"],
+            gate_init=config["GATE_INIT"],
+            num_gates=config["GATE_NUM"],
+            temperature=True,
+            temperature_range=(config["TEMP_MIN"], config["TEMP_MAX"]),
+            pool="all" if case.mean_pooled else "backbone",
+            dropout=config["DROPOUT"],
+        ),
+    )
+    with torch.no_grad():
+        model.prompts[0].copy_(case.tensors["prompt.prompt_embeddings"][0])
+        model.gate_logits.copy_(case.tensors["prompt.gate_logit"])
+        model.temperature.copy_(case.tensors["prompt.temp"])
+    return model
+
+
+def test_all_three_cases_are_there() -> None:
+    assert len(CASES) == 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_and_gradients_equal_the_official_code(name: str) -> None:
+    case = golden_files.load(name)
+    model = prompt_model(case).train()
+    features = model(case.tensors["input"])
+    torch.testing.assert_close(features, case.tensors["features"], rtol=1e-9, atol=1e-12)
+    (features * case.tensors["cotangent"]).sum().backward()
+    for p, key in (
+        (model.prompts[0], "prompt_embeddings"),
+        (model.gate_logits, "gate_logit"),
+        (model.temperature, "temp"),
+    ):
+        gradient = case.tensors[f"grad.{key}"].view_as(p)
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folded_model_gives_the_same_features(name: str) -> None:
+    case = golden_files.load(name)
+    folded = prompt_model(case).fold()
+    torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["features"], rtol=1e-9, atol=1e-12)
+
+
+def test_temperature_is_clamped_in_place_before_the_forward() -> None:
+    case = golden_files.load("gatevpt_temp_clamped")
+    model = prompt_model(case)
+    before = model.temperature.detach().clone()
+    assert ((before < 0.01) | (before > 10)).any()
+    model(case.tensors["input"]).sum().backward()
+    assert torch.equal(model.temperature, before.clamp(0.01, 10))
+    assert (model.temperature.grad != 0).all(), "a value at the edge receives its gradient"
+
+
+def test_two_forwards_before_one_backward() -> None:
+    case = golden_files.load("gatevpt_cls")
+    model = prompt_model(case)
+    x = case.tensors["input"]
+    (model(x[:1]).sum() + model(x[1:]).sum()).backward()
+    both = [p.grad.clone() for p in (model.prompts[0], model.gate_logits, model.temperature)]
+    model.zero_grad()
+    model(x).sum().backward()
+    for mine, p in zip(both, (model.prompts[0], model.gate_logits, model.temperature), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_compiles_as_one_graph_with_gradients() -> None:
+    torch._dynamo.reset()
+    case = golden_files.load("gatevpt_temp_clamped")
+    model = prompt_model(case)
+    features = torch.compile(model, fullgraph=True, backend="aot_eager")(case.tensors["input"])
+    torch.testing.assert_close(features, case.tensors["features"], rtol=1e-9, atol=1e-12)
+    (features * case.tensors["cotangent"]).sum().backward()
+    torch.testing.assert_close(model.gate_logits.grad, case.tensors["grad.gate_logit"], rtol=1e-9, atol=1e-12)
+    assert model.temperature.max() <= 10

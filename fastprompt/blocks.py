@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fastprompt import vit
-from fastprompt.ops import gated_blend, row_attention
+from fastprompt.ops import (
+    FoldedPrompts,
+    ProjectedPrompts,
+    direct_cross_attention,
+    folded_cross_attention,
+    gated_blend,
+    row_attention,
+)
 
 Span = tuple[int, int]
 
@@ -29,11 +36,18 @@ class BlockPrompts(NamedTuple):
     value: Tensor | None
 
 
+class Cross(NamedTuple):
+    """CVPT's cross-attention of one block: where it stands (`insert`, 1 to 5), and its prompts in one of two forms."""
+
+    insert: int
+    prompts: FoldedPrompts | ProjectedPrompts
+
+
 class Context(NamedTuple):
     """What a block is told besides tokens and prompts.
 
     `rope`: its rotary embedding; `carried` prompts stand in the sequence after `prefix` rows; `temperature` and `gate`:
-    GateVPT's one-element tensors, or None.
+    GateVPT's one-element tensors, or None; `cross`: CVPT's cross-attention, or None.
     """
 
     rope: Tensor | None = None
@@ -41,6 +55,7 @@ class Context(NamedTuple):
     prefix: int = 0
     temperature: Tensor | None = None
     gate: Tensor | None = None
+    cross: Cross | None = None
 
 
 def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompts:
@@ -58,13 +73,13 @@ def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompt
 
 def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
     """The whole block: x [B, N, D] -> [B, N, D]; with a gate, carried prompts are blended with those that entered."""
-    adapter, _ = vit.adapters(block)
+    adapter, attention = vit.adapters(block)
     entered = x.narrow(1, context.prefix, context.carried)
+    x = _cross(block, x, context, 1)
     x = _attention(block, x, prompts, context)
-    out = block.mlp(adapter.mlp_input(block, x))
     if context.gate is None:
-        return adapter.add_mlp(block, x, out)
-    delta = adapter.mlp_delta(block, out)
+        return _mlp(block, x, context)
+    delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, context)))
     return gated_blend(x, delta, entered, context.gate, context.prefix, context.carried)
 
 
@@ -75,6 +90,7 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, co
     """
     adapter, attention = vit.adapters(block)
     attn = block.attn
+    x = _cross(block, x, context, 1)
     h = adapter.attention_input(block, x)
     read = h[:, :count]
     q = attention.queries(attn, read)
@@ -93,8 +109,8 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, co
     else:
         k, v = attention.keys_values(attn, h, context.rope, context.carried)
         out = vit.attend(attn, q, k, v, _keys_values(block, prompts), context.temperature)
-    rows = adapter.add_attention(block, x[:, :count], attention.finish(attn, out, read))
-    return adapter.add_mlp(block, rows, block.mlp(adapter.mlp_input(block, rows)))
+    rows = _add_attention(block, x[:, :count], attention.finish(attn, out, read), context)
+    return _mlp(block, rows, context)
 
 
 def run_mean(
@@ -107,10 +123,11 @@ def run_mean(
     if context.gate is not None:
         return select(run_block(block, x, prompts, context), spans).mean(1)
     adapter, _ = vit.adapters(block)
+    x = _cross(block, x, context, 1)
     x = select(_attention(block, x, prompts, context), spans)
-    if not adapter.mean_commutes(block):
-        return adapter.add_mlp(block, x, block.mlp(adapter.mlp_input(block, x))).mean(1)
-    hidden = vit.mlp_hidden(block.mlp, adapter.mlp_input(block, x)).mean(1, keepdim=True)
+    if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
+        return _mlp(block, x, context).mean(1)
+    hidden = vit.mlp_hidden(block.mlp, _mlp_input(block, x, context)).mean(1, keepdim=True)
     return adapter.add_mlp(block, x.mean(1, keepdim=True), block.mlp.fc2(hidden)).squeeze(1)
 
 
@@ -128,11 +145,50 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
 
 
 def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
+    """x [B, N, D] plus its attention (and the cross-attention beside it or after it)."""
     adapter, attention = vit.adapters(block)
     h = adapter.attention_input(block, x)
     q, k, v = attention.qkv(block.attn, h, context.rope, context.carried)
     out = vit.attend(block.attn, q, k, v, _keys_values(block, prompts), context.temperature)
-    return adapter.add_attention(block, x, attention.finish(block.attn, out, h))
+    return _add_attention(block, x, attention.finish(block.attn, out, h), context)
+
+
+def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> Tensor:
+    adapter, _ = vit.adapters(block)
+    if context.cross is not None and context.cross.insert == 2:
+        delta = adapter.attention_scale(block, out) + cross_attention(block, x, context.cross)
+        return x + block.drop_path1(delta)
+    return _cross(block, adapter.add_attention(block, x, out), context, 3)
+
+
+def _mlp_input(block: Any, x: Tensor, context: Context) -> Tensor:
+    adapter, _ = vit.adapters(block)
+    h = adapter.mlp_input(block, x)
+    if context.cross is not None and context.cross.insert == 4:
+        return h + cross_attention(block, x, context.cross)
+    return h
+
+
+def _mlp(block: Any, x: Tensor, context: Context) -> Tensor:
+    adapter, _ = vit.adapters(block)
+    return _cross(block, adapter.add_mlp(block, x, block.mlp(_mlp_input(block, x, context))), context, 5)
+
+
+def _cross(block: Any, x: Tensor, context: Context, insert: int) -> Tensor:
+    """x [B, N, D], plus the cross-attention if it stands at this place of the residual stream (1, 3 or 5)."""
+    if context.cross is None or context.cross.insert != insert:
+        return x
+    return x + cross_attention(block, x, context.cross)
+
+
+def cross_attention(block: Any, x: Tensor, cross: Cross) -> Tensor:
+    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention."""
+    if isinstance(cross.prompts, FoldedPrompts):
+        return folded_cross_attention(x, cross.prompts)
+    weights = vit.adapters(block)[1].weights(block.attn)
+    if weights is None:
+        raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+    return direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
 
 
 def _keys_values(block: Any, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:

@@ -201,5 +201,35 @@ class GateVPTConfig(PromptConfig):
         self._check_bool("backbone_train_mode")
 
 
+@dataclass(frozen=True)
+class CVPTConfig(PromptConfig):
+    """Cross visual prompt tuning (Huang et al., ICCV 2025): every token attends to the prompts, by shared weights.
+
+    Args:
+        num_prompts: P >= 1, prompts of each block.
+        insert: where the cross-attention stands: 1 before self-attention, 2 beside it, 3 after it (the paper's choice),
+            4 in the MLP's input, 5 after the MLP. Drop-path acts on it in 2 and 4.
+        dropout: probability of dropping prompt values in training, 0.1 in the paper's recipe; each image draws its own
+            mask.
+        backbone_train_mode: True, as in the official code, puts the frozen blocks into train mode with the model.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    method: ClassVar[str] = "cvpt"
+
+    num_prompts: int
+    insert: int = 3
+    dropout: float = 0.0
+    backbone_train_mode: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        self._check_int("insert", 1, 5)
+        self._check_probability("dropout")
+        self._check_bool("backbone_train_mode")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -230,17 +230,19 @@ class FoldedPromptModel(nn.Module):
         self.pool = model.pool
         with torch.no_grad():
             state = self.method.prepare(model, None, model._read)
-        constants, self._structure = pytree.tree_flatten(state)
-        for i, constant in enumerate(constants):
-            self.register_buffer(f"constant_{i}", None if constant is None else constant.detach().clone())
-        self._constants = len(constants)
+        # Tensors become buffers, so that they follow `.to()`; what else the state holds is kept as it is.
+        self._leaves, self._structure = pytree.tree_flatten(state)
+        for i, leaf in enumerate(self._leaves):
+            if isinstance(leaf, Tensor):
+                self.register_buffer(f"constant_{i}", leaf.detach().clone())
+                self._leaves[i] = None
         super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> logits [B, classes]."""
-        constants = [getattr(self, f"constant_{i}") for i in range(self._constants)]
-        state = pytree.tree_unflatten(constants, self._structure)
+        leaves = [getattr(self, f"constant_{i}", leaf) for i, leaf in enumerate(self._leaves)]
+        state = pytree.tree_unflatten(leaves, self._structure)
         x, ropes = backbone.embed(self.base, images)
         x, carried = self.method.run(self.base, state, x, ropes, self._read)
         return _logits(self.base, self.pool, x, carried, self._read)

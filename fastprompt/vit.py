@@ -148,7 +148,11 @@ class BlockAdapter:
 
     def attention_delta(self, block: Any, out: Tensor) -> Tensor:
         """What the attention branch adds to the residual stream, of its attention's output."""
-        return block.drop_path1(block.ls1(out))
+        return block.drop_path1(self.attention_scale(block, out))
+
+    def attention_scale(self, block: Any, out: Tensor) -> Tensor:
+        """Layer scale, or the norm in its place, on the attention's output."""
+        return block.ls1(out)
 
     def add_attention(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
         return x + self.attention_delta(block, out)
@@ -175,8 +179,8 @@ class ResPostBlockAdapter(BlockAdapter):
     def attention_input(self, block: Any, x: Tensor) -> Tensor:
         return x
 
-    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
-        return block.drop_path1(block.norm1(out))
+    def attention_scale(self, block: Any, out: Tensor) -> Tensor:
+        return block.norm1(out)
 
     def mlp_input(self, block: Any, x: Tensor) -> Tensor:
         return x
@@ -191,8 +195,8 @@ class ResPostBlockAdapter(BlockAdapter):
 class EvaBlockAdapter(BlockAdapter):
     """timm's `EvaBlock`: `Block` with layer scale as parameters, on both branches, one, or none."""
 
-    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
-        return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
+    def attention_scale(self, block: Any, out: Tensor) -> Tensor:
+        return out if block.gamma_1 is None else block.gamma_1 * out
 
     def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)

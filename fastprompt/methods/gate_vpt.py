@@ -7,11 +7,11 @@ Prompts differ from image to image from block 0 on, so they stand in the sequenc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from fastprompt.config import GateVPTConfig, VPTConfig
+from fastprompt.config import GateVPTConfig, PromptConfig, VPTConfig
 from fastprompt.methods.method import Read
 from fastprompt.methods.vpt import VPT, VPTState
 
@@ -19,7 +19,7 @@ from fastprompt.methods.vpt import VPT, VPTState
 class GateVPT(VPT):
     """VPT-Shallow with gates and temperatures; see the module's text."""
 
-    config_class = GateVPTConfig
+    config_class: ClassVar[type[PromptConfig]] = GateVPTConfig
 
     def __init__(self, config: GateVPTConfig, base: Any) -> None:
         super().__init__(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, blocks
 from fastprompt.blocks import BlockPrompts, Context
-from fastprompt.config import VPTConfig
+from fastprompt.config import PromptConfig, VPTConfig
 from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
 
 
@@ -37,7 +37,7 @@ class VPTState(NamedTuple):
 class VPT(PromptMethod):
     """Prompts as tokens; see the module's text."""
 
-    config_class = VPTConfig
+    config_class: ClassVar[type[PromptConfig]] = VPTConfig
 
     def __init__(self, config: VPTConfig, base: Any) -> None:
         self.config = config

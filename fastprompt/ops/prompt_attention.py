@@ -71,9 +71,8 @@ def prompt_attention(
     backend = dispatch.requested(backend)
     if prompt_k is None and temperature is None and backend == dispatch.AUTO and _is_plain(q):
         # Attention without prompts, and no kernel of ours: PyTorch's own operator, with nothing around it.
-        return (
-            F.scaled_dot_product_attention(*_heads_first(q, k, v), scale=scale).transpose(1, 2).contiguous()
-        )
+        q, k, v = _heads_first(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
     arguments = (q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
     out, _ = torch.ops.fastprompt.prompt_attention(*arguments, backend)
     return out

@@ -59,6 +59,13 @@ class FoldedPrompts(NamedTuple):
     out_bias: Tensor | None
 
 
+class ProjectedPrompts(NamedTuple):
+    """Keys and values of the direct form, [P, H, d] or [B, P, H, d]."""
+
+    key: Tensor
+    value: Tensor
+
+
 def prompt_cross_attention(
     x: Tensor,
     prompts: Tensor,
@@ -96,23 +103,22 @@ def prompt_cross_attention(
         form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
     if form == "folded":
         return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)
-    q = rearrange(F.linear(x, weights.q_weight, weights.q_bias), "B N (H d) -> B N H d", H=H)
-    k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias), "... P (H d) -> ... P H d", H=H)
-    v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), "... P (H d) -> ... P H d", H=H)
-    nothing = q[:, :0]
-    out = prompt_attention(q, nothing, nothing, k, v, scale=scale, backend=backend)
-    return F.linear(rearrange(out, "B N H d -> B N (H d)"), weights.proj_weight, weights.proj_bias)
+    return direct_cross_attention(
+        x, project_prompts(prompts, weights, H), weights, scale=scale, backend=backend
+    )
 
 
-def choose_form(tokens: int, prompts: Tensor, D: int, H: int, d: int) -> Literal["folded", "direct"]:
+def choose_form(tokens: int | None, prompts: Tensor, D: int, H: int, d: int) -> Literal["folded", "direct"]:
     """The form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
 
-    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once, 8·P·D·H·d and 4·P·D·H·d.
-    Prompts of one image each cannot be folded.
+    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once, 8·P·D·H·d and 4·P·D·H·d. `tokens` None
+    leaves out what is done once (constants). Prompts of one image each cannot be folded.
     """
     if prompts.ndim == 3:
         return "direct"
     P, A = prompts.shape[0], H * d
+    if tokens is None:
+        return "folded" if D * H * P < D * A + P * A else "direct"
     folded = tokens * 4 * D * H * P + 8 * P * D * A
     direct = tokens * (4 * D * A + 4 * P * A) + 4 * P * D * A
     return "folded" if folded < direct else "direct"
@@ -132,6 +138,30 @@ def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, sca
         )
     value = torch.matmul(v, rearrange(weights.proj_weight, "D (H d) -> H d D", H=num_heads).to(v.dtype))
     return FoldedPrompts(key, bias, value, weights.proj_bias)
+
+
+def project_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int) -> ProjectedPrompts:
+    """Keys and values of prompts [P, D] or [B, P, D]: [P, H, d] or [B, P, H, d]."""
+    split = "... P (H d) -> ... P H d"
+    k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias), split, H=num_heads)
+    v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), split, H=num_heads)
+    return ProjectedPrompts(k, v)
+
+
+def direct_cross_attention(
+    x: Tensor,
+    projected: ProjectedPrompts,
+    weights: AttentionWeights,
+    *,
+    scale: float | None = None,
+    backend: str = dispatch.AUTO,
+) -> Tensor:
+    """The direct form for x [B, N, D] -> [B, N, D]: queries, attention over the prompts alone, projection."""
+    q = F.linear(x, weights.q_weight, weights.q_bias)
+    q = rearrange(q, "B N (H d) -> B N H d", H=projected.key.shape[-2])
+    nothing = q[:, :0]
+    out = prompt_attention(q, nothing, nothing, *projected, scale=scale, backend=backend)
+    return F.linear(rearrange(out, "B N H d -> B N (H d)"), weights.proj_weight, weights.proj_bias)
 
 
 def folded_cross_attention(x: Tensor, folded: FoldedPrompts, *, backend: str = dispatch.AUTO) -> Tensor:

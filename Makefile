@@ -1,0 +1,69 @@
+# Each target sets up what it needs: an environment in $(VENV), torch first, because the native part is built
+# against the torch that is already there; then fastprompt, editable, with all its extras.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+
+NEWEST := torch torchvision timm
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 timm==1.0.26
+BUILD_TOOLS := 'scikit-build-core>=0.11' cmake ninja
+
+NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/include/*.h)
+
+# Two pytest workers at most, and no more threads in all than cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+WORKERS := $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
+TEST_THREADS := $(shell expr $(CORES) / $(WORKERS))
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
+	$(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:benchmark $(PYTEST_ARGS)
+
+.PHONY: help demo test test-oldest lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         train prompts on real images on this machine and write the figures"
+	@echo "make test         the tests, with the newest torch and timm"
+	@echo "make test-oldest  the tests, with the oldest supported ones"
+	@echo "make lint         ruff, mypy"
+	@echo "make bench        correctness gate, then timings on this machine"
+	@echo "make clean        remove builds and caches; the environments stay, fastprompt is installed anew in them"
+
+demo: $(VENV)/.fastprompt-installed
+	$(VENV)/bin/fastprompt demo
+
+test: $(VENV)/.fastprompt-installed
+	$(call PYTEST,$(VENV))
+
+test-oldest: $(VENV_OLDEST)/.fastprompt-installed
+	$(call PYTEST,$(VENV_OLDEST))
+
+lint: $(VENV)/.fastprompt-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy fastprompt
+
+bench: $(VENV)/.fastprompt-installed
+	$(VENV)/bin/python -m bench.run
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.fastprompt-installed $(VENV_OLDEST)/.fastprompt-installed
+	find fastprompt kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1) the environment, $(2) what it must hold before fastprompt is built. The stamps say when that was done last;
+# an environment without them is taken over as it is.
+define environment
+$(1)/.fastprompt-packages: pyproject.toml
+	$$(PYTHON) -c 'import sys; sys.exit("fastprompt needs Python 3.10 or newer; set PYTHON=" if sys.version_info < (3, 10) else 0)'
+	test -x $(1)/bin/pip || $$(PYTHON) -m venv $(1)
+	@echo "$(1): installing $(2) (about 6 GB where they are missing; a few minutes)"
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) $$(BUILD_TOOLS)
+	touch $$@
+
+$(1)/.fastprompt-installed: $(1)/.fastprompt-packages $$(NATIVE_SOURCES)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	touch $$@
+endef
+$(eval $(call environment,$(VENV),$(NEWEST)))
+$(eval $(call environment,$(VENV_OLDEST),$(OLDEST)))

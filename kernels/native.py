@@ -1,0 +1,77 @@
+"""The native CPU library ``_C``: finding it, loading it once, and the schemas of its operators.
+
+``_C`` is built on the LibTorch stable ABI and only *implements* ``torch.ops.fastprompt_cpu.*``; the schemas
+are defined here, once for each process, because torch aborts on a schema defined twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+LIBRARY_NAME = "_C.so"
+
+SCHEMAS = (
+    "gated_blend(Tensor x, Tensor delta, Tensor prompt_in, Tensor gate, int start, int length) -> Tensor",
+    "gated_blend_backward(Tensor grad, Tensor gate, Tensor? difference, int start, int length,"
+    " bool need_input, bool need_prompt, bool need_gate) -> (Tensor, Tensor, Tensor)",
+)
+
+_lock = threading.Lock()
+_definitions: torch.library.Library | None = None
+
+
+def find_library() -> Path | None:
+    """Path of ``_C``, or None. An editable install keeps it in site-packages, beside no source file."""
+    spec = importlib.util.find_spec("fastprompt")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        candidate = Path(folder) / LIBRARY_NAME
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def load() -> str | None:
+    """Load ``_C`` on the first call; None once its operators are usable, else the reason in one line.
+
+    Never raises. The answer is kept: a library installed later needs a new process.
+    """
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    global _definitions
+    path = find_library()
+    if path is None:
+        return (
+            f"the native library {LIBRARY_NAME} is not installed; with a C++20 compiler and torch installed,"
+            " run `pip install --no-build-isolation -e .` in fastprompt's folder"
+        )
+    try:
+        # kernels/ and fastprompt/kernels are one folder: a process that imports both names defines once.
+        if not hasattr(torch.ops.fastprompt_cpu, "gated_blend"):
+            definitions = torch.library.Library("fastprompt_cpu", "DEF")
+            for schema in SCHEMAS:
+                definitions.define(schema)
+            _definitions = definitions
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} did not load: {' '.join(str(error).split())}"
+    return None
+
+
+@functools.cache
+def warn_missing_once() -> None:
+    """Warn, once for each process, that CPU calls run as plain torch operations, unless ``_C`` is loaded."""
+    reason = load()
+    if reason is not None:
+        warnings.warn(
+            f"fastprompt runs without its native CPU kernels: {reason}", RuntimeWarning, stacklevel=3
+        )

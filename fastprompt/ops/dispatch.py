@@ -62,6 +62,7 @@ class BackendTable(tuple[Backend, ...]):
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _availability: dict[str, Callable[[], str | None]] = {}
+_missed: dict[str, Callable[[], None]] = {}
 
 
 def register(
@@ -71,9 +72,16 @@ def register(
     _implementations.setdefault(operation, {})[backend] = Implementation(run, can_run)
 
 
-def register_availability(backend: str, reason: Callable[[], str | None]) -> None:
-    """Say how to find out whether `backend` works in this process at all: None, or the reason why not."""
+def register_availability(
+    backend: str, reason: Callable[[], str | None], missed: Callable[[], None] | None = None
+) -> None:
+    """Say how to find out whether `backend` works in this process at all: None, or the reason why not.
+
+    `missed` is called when "auto" would have taken the backend and it is not there.
+    """
     _availability[backend] = reason
+    if missed is not None:
+        _missed[backend] = missed
 
 
 def backends() -> BackendTable:
@@ -167,6 +175,10 @@ def explain(operation: str, *args: Any) -> dict[str, str | None]:
 def run(operation: str, backend: str, *args: Any) -> Any:
     """Run `operation` on `args` by the backend that serves it."""
     return select(operation, backend, *args)[1].run(*args)
+
+
+def _say_nothing() -> None:
+    pass
 
 
 def _unavailable(backend: str) -> str | None:

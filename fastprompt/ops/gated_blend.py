@@ -236,10 +236,12 @@ def _always(*args: Any) -> str | None:
 
 
 def _can_run_cpu(x: Tensor, *args: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"it serves float32, float64, bfloat16 and float16, not {x.dtype}"
     return dispatch.needs_device(x, "cpu")
 
 
-dispatch.register_availability("cpu", native.load)
+dispatch.register_availability("cpu", native.load, native.warn_missing_once)
 dispatch.register("gated_blend", "cpu", _forward_cpu, _can_run_cpu)
 dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_run_cpu)
 dispatch.register("gated_blend", "eager", _forward_eager, _always)

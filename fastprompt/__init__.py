@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastprompt.config import CVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
+from fastprompt.config import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 from fastprompt.model import FoldedPromptModel, PromptModel, PromptOutput, get_prompt_model
 from fastprompt.ops.dispatch import backends, use_backend
 from fastprompt.replace import ReplacementReport, replace_attention, restore_attention
@@ -14,6 +14,7 @@ except PackageNotFoundError:  # an uninstalled checkout
 
 __all__ = [
     "CVPTConfig",
+    "DAVPTConfig",
     "FoldedPromptModel",
     "GateVPTConfig",
     "PromptConfig",

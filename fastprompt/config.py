@@ -93,14 +93,22 @@ class PromptConfig:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             self._fail(field, "a number in [0, 1)")
 
-    def _check_number(self, field: str, above: float | None = None) -> None:
+    def _check_number(self, field: str, above: float | None = None, low: float | None = None) -> None:
         value = getattr(self, field)
-        if not _is_number(value) or (above is not None and value <= above):
-            self._fail(field, "a finite number" + ("" if above is None else f" > {above}"))
+        if (
+            not _is_number(value)
+            or (above is not None and value <= above)
+            or (low is not None and value < low)
+        ):
+            need = "" if above is None else f" > {above}"
+            self._fail(field, "a finite number" + (need if low is None else f" >= {low}"))
+
+    def _check_choice(self, field: str, *choices: str) -> None:
+        if getattr(self, field) not in choices:
+            self._fail(field, f"one of {choices}")
 
     def _check_pool(self) -> None:
-        if getattr(self, "pool", None) not in get_args(Pool):
-            self._fail("pool", f"one of {get_args(Pool)}")
+        self._check_choice("pool", *get_args(Pool))
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,78 @@ class CVPTConfig(PromptConfig):
     def __post_init__(self) -> None:
         self._check_int("num_prompts", 1, MAX_PROMPTS)
         self._check_int("insert", 1, 5)
+        self._check_probability("dropout")
+        self._check_bool("backbone_train_mode")
+
+
+@dataclass(frozen=True)
+class DAVPTConfig(PromptConfig):
+    """Distribution-aware prompt tuning (Ren et al., CVPR 2025): VPT-Deep with metric learning in the guided blocks.
+
+    Args:
+        num_prompts: P, prompts of each block that is not guided.
+        num_proxy_prompts: P_g, prompts of each guided block, the proxies of the classes; no more than there are classes
+            are made.
+        guided_blocks: (first, last), the guided blocks, both included.
+        prompt_norm: what prompts pass through first: "none", "l2" or "layer" (a trained LayerNorm).
+        criterion: "proxy_anchor" or "proxy_nca".
+        class_feature: what of the class token is compared with the proxies at a guided block's input: "cls", the row
+            itself; "query" or "key", its projection after norm1.
+        proxy_for_class, proxy_for_patch: what of the proxies the class and the patch feature are compared with:
+            "prompt", the normed prompts; "query" or "key", their projections after norm1.
+        patch_weight, class_weight: factors of the two losses.
+        proxy_scale: factor on the similarities; 1 is the bare default of the official code, 5 that of its recipes.
+        alpha, delta: sharpness and margin of the loss.
+        pool: what the head reads, as for :class:`VPTConfig`.
+        dropout: probability of dropping prompt values in training; each image draws its own mask.
+        tune: "prompts", or "prompts+biases" (DA-VPT+), which trains in place on the timm model: the class token, the
+            biases of k, v, proj (the patch embedding's too), fc2 and norm2, and norm1; not q's bias.
+        backbone_train_mode: True, as in the official code, puts the frozen blocks into train mode with the model.
+
+    The patch feature is always the mean of the patch rows at the guided block's input, as in the official code.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    method: ClassVar[str] = "da_vpt"
+
+    num_prompts: int
+    num_proxy_prompts: int
+    guided_blocks: tuple[int, int]
+    prompt_norm: Literal["none", "l2", "layer"] = "none"
+    criterion: Literal["proxy_anchor", "proxy_nca"] = "proxy_anchor"
+    class_feature: Literal["cls", "query", "key"] = "query"
+    proxy_for_class: Literal["prompt", "query", "key"] = "prompt"
+    proxy_for_patch: Literal["prompt", "query", "key"] = "prompt"
+    patch_weight: float = 0.05
+    class_weight: float = 0.05
+    proxy_scale: float = 5.0
+    alpha: float = 32.0
+    delta: float = 0.1
+    pool: Pool = "backbone"
+    dropout: float = 0.0
+    tune: Literal["prompts", "prompts+biases"] = "prompts"
+    backbone_train_mode: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        self._check_int("num_proxy_prompts", 1, MAX_PROMPTS)
+        guided = tuple(self.guided_blocks)
+        if len(guided) != 2 or not all(type(i) is int for i in guided) or not 0 <= guided[0] <= guided[1]:
+            self._fail("guided_blocks", "two block indices, 0 <= first <= last")
+        object.__setattr__(self, "guided_blocks", guided)  # JSON gives a list
+        self._check_choice("prompt_norm", "none", "l2", "layer")
+        self._check_choice("criterion", "proxy_anchor", "proxy_nca")
+        self._check_choice("class_feature", "cls", "query", "key")
+        self._check_choice("proxy_for_class", "prompt", "query", "key")
+        self._check_choice("proxy_for_patch", "prompt", "query", "key")
+        self._check_choice("tune", "prompts", "prompts+biases")
+        for name in ("patch_weight", "class_weight", "delta"):
+            self._check_number(name, low=0)
+        for name in ("proxy_scale", "alpha"):
+            self._check_number(name, above=0)
+        self._check_pool()
         self._check_probability("dropout")
         self._check_bool("backbone_train_mode")
 

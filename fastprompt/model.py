@@ -105,9 +105,12 @@ class PromptModel(nn.Module):
             raise ValueError(
                 f"`PromptModel`: `labels` must be [B] = {tuple(images.shape[:1])}; got {tuple(labels.shape)}"
             )
-        x, carried = self._run(images, self._read)
+        observer = None if labels is None else self.method.observe(self, labels)
+        x, carried = self._run(images, self._read, None if observer is None else observer.see)
         logits = _logits(self.base, self.pool, x, carried, self._read)
-        return logits if labels is None else PromptOutput(logits, logits.new_zeros(()))
+        if labels is None:
+            return logits
+        return PromptOutput(logits, logits.new_zeros(()) if observer is None else observer.loss())
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> all tokens after the final norm, [B, N, D], for `forward_head`.
@@ -124,7 +127,7 @@ class PromptModel(nn.Module):
         """Tokens [B, N, D] of `forward_features` -> logits [B, classes], or pooled features [B, D] if `pre_logits`."""
         if self.pool == "backbone":
             return self.base.forward_head(x, pre_logits=pre_logits)
-        carried = self.prompts[0].shape[0] if self.pool in ("all", "prompt") else 0
+        carried = self.prompts[-1].shape[0] if self.pool in ("all", "prompt") else 0
         spans = backbone.pool_spans(self.base, self.pool, x.shape[1], carried)
         return backbone.classify(self.base, backbone.mean_of(x, spans), pre_logits)
 

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from fastprompt.ops import AttentionWeights, dispatch, prompt_attention
 
+# Set on an attention whose packed bias trains in its key and value parts alone (DA-VPT).
+FROZEN_QUERY_BIAS = "_fastprompt_frozen_query_bias"
+
 
 class AttentionAdapter:
     """timm's `Attention`: one packed qkv Linear, optional q/k norm, output norm and output gate."""
@@ -31,6 +34,9 @@ class AttentionAdapter:
 
     def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D] -> q, k, v [B, N, H, d], views of one packed tensor."""
+        if getattr(attn, FROZEN_QUERY_BIAS, False):
+            q_bias, kv_bias = _split_bias(attn)
+            return _unpack(attn, F.linear(x, attn.qkv.weight, torch.cat((q_bias, kv_bias))))
         return _unpack(attn, attn.qkv(x))
 
     def weights(self, attn: Any) -> AttentionWeights | None:
@@ -39,6 +45,8 @@ class AttentionAdapter:
             return None
         qw, kw, vw = attn.qkv.weight.chunk(3)
         qb, kb, vb = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        if getattr(attn, FROZEN_QUERY_BIAS, False):
+            qb, _ = _split_bias(attn)
         return AttentionWeights(qw, qb, kw, kb, vw, vb, attn.proj.weight, attn.proj.bias)
 
     def key_value_map(self, attn: Any) -> tuple[Tensor, Tensor | None]:
@@ -395,6 +403,12 @@ def _unpack(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 3·H·d] -> three views [B, N, H, d]."""
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
     return q, k, v
+
+
+def _split_bias(attn: Any) -> tuple[Tensor, Tensor]:
+    """The packed bias as its query part, detached, and the rest."""
+    inner = attn.qkv.bias.shape[0] // 3
+    return attn.qkv.bias[:inner].detach(), attn.qkv.bias[inner:]
 
 
 def _rotate(attn: Any, t: Tensor, like: Tensor, rope: Tensor | None, extra_prefix: int) -> Tensor:

@@ -66,6 +66,8 @@ class CVPT(PromptMethod):
         on_block: Callable[[int, Tensor], None] | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
+        if on_block is not None:
+            on_block(-1, x)
         for i, block in enumerate(base.blocks[:depth]):
             reading = read(x.shape[1], 0) if i == self.depth - 1 else backbone.Reading()
             context = (None, Context(rope=ropes[i], cross=state[i]))

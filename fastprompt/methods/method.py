@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +16,16 @@ from fastprompt.config import PromptConfig
 Read = Callable[[int, int], Reading]
 
 METHODS: dict[type[PromptConfig], type[PromptMethod]] = {}
+
+
+class Observer(Protocol):
+    """Watches the tokens of one forward and makes a loss of them."""
+
+    def see(self, block: int, tokens: Tensor) -> None:
+        """As `on_block` of :meth:`PromptMethod.run`."""
+
+    def loss(self) -> Tensor:
+        """The method's loss, a scalar."""
 
 
 class PromptMethod(ABC):
@@ -61,12 +71,17 @@ class PromptMethod(ABC):
             x: tokens as they enter block 0.
             ropes: each block's rotary embedding or None.
             read: what the head reads of the last block; the rows it does not read need not be computed.
-            on_block: called after each block with its index and its tokens without prompts, [B, N, D].
+            on_block: called before the first block with -1 and after each with its index, and with the tokens without
+                prompts, [B, N, D].
             depth: stop after so many blocks; None for all.
 
         Returns:
             What `read` asked for ([B, R, D] rows, [B, D] mean or all rows), and the number of prompts among the rows.
         """
+
+    def observe(self, model: Any, labels: Tensor) -> Observer | None:
+        """What watches a forward with labels [B] to make the method's own loss; None for a method without one."""
+        return None
 
 
 def method_for(config: PromptConfig, base: nn.Module) -> PromptMethod:

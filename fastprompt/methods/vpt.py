@@ -98,6 +98,8 @@ class VPT(PromptMethod):
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
         prefix, carried = base.num_prefix_tokens, 0
+        if on_block is not None:
+            on_block(-1, x)
         for i, block in enumerate(base.blocks[:depth]):
             if i == self.carry_from and state.carried is not None:
                 rows = state.carried.expand(x.shape[0], -1, -1)
@@ -122,11 +124,14 @@ class VPT(PromptMethod):
         p = model.prompts[0 if self.config.shared_across_blocks else i]
         if model.prompt_project is not None:
             p = model.prompt_project(p)
-        p = p.to(
-            next(model.base.parameters()).dtype
-        )  # prompts may be kept in float32 beside a bfloat16 backbone
+        # Prompts may be kept in float32 beside a bfloat16 backbone.
+        p = self._normed(model, p).to(next(model.base.parameters()).dtype)
         if self.config.dropout > 0 and model.training and batch_size is not None:
             p = F.dropout(p.expand(batch_size, -1, -1), self.config.dropout)
+        return p
+
+    def _normed(self, model: Any, p: Tensor) -> Tensor:
+        """Prompts [P, D] as they enter the model; DA-VPT norms them."""
         return p
 
 

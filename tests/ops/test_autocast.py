@@ -1,0 +1,79 @@
+"""Autocast: products run in the low dtype, sums in the widest, and gates and temperatures stay as they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Shape, draw
+
+from fastprompt.ops import (
+    AttentionWeights,
+    gated_blend,
+    gated_blend_reference,
+    prompt_attention,
+    prompt_cross_attention,
+)
+
+OPERATION = "prompt_attention"
+SMALL = Shape(B=2, Nq=3, N=4, P=2, d=8)
+
+
+def test_autocast_runs_attention_in_bfloat16_but_not_the_temperature(backend: str) -> None:
+    inputs = {n: x if x is None else x.requires_grad_() for n, x in draw(SMALL, torch.float32).items()}
+    temperature = inputs["temperature"] = torch.tensor([1.003], requires_grad=True)  # 1.0 in bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        out = prompt_attention(**inputs)
+        out.float().square().sum().backward()
+    low = {n: x.detach().bfloat16() if x is not None and n != "temperature" else x for n, x in inputs.items()}
+    torch.testing.assert_close(out, prompt_attention(**low), rtol=0, atol=0)
+    at_one = prompt_attention(**{**low, "temperature": torch.ones(1)})
+    assert out.dtype == torch.bfloat16
+    assert not torch.equal(out, at_one)
+    assert temperature.grad is not None
+    assert all(x is None or x.grad.dtype == torch.float32 for x in inputs.values())
+
+
+def test_autocast_accepts_mixed_dtypes(backend: str) -> None:
+    inputs = draw(SMALL, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = prompt_attention(
+            inputs["q"].bfloat16(), inputs["k"], inputs["v"].half(), inputs["prompt_k"], inputs["prompt_v"]
+        )
+    assert out.dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone(backend: str) -> None:
+    inputs = draw(SMALL, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = prompt_attention(**inputs)
+    torch.testing.assert_close(out, prompt_attention(**inputs), rtol=0, atol=0)
+
+
+def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate() -> None:
+    x, delta, prompt_in = torch.randn(2, 5, 6), torch.randn(2, 5, 6), torch.randn(2, 2, 6)
+    gate = torch.tensor([0.5003], requires_grad=True)  # 0.5 in bfloat16
+    delta = delta.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gated_blend(x, delta, prompt_in, gate, 1, 2)
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, gated_blend_reference(x, delta.float(), prompt_in, gate, 1, 2))
+    assert delta.grad is not None
+    assert gate.grad is not None
+    assert (delta.grad.dtype, gate.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["folded", "direct"])
+def test_autocast_runs_cross_attention_in_bfloat16(form: Any) -> None:
+    x, prompts = torch.randn(2, 5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    weights = [torch.randn(8, 8) / 3 if i % 2 == 0 else torch.randn(8) for i in range(8)]
+    run = partial(prompt_cross_attention, x, prompts, AttentionWeights(*weights), 2, form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run()
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), run(), rtol=0.1, atol=0.1)
+    assert x.grad.dtype == prompts.grad.dtype == torch.float32

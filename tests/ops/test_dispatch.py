@@ -1,0 +1,271 @@
+"""dispatch: who serves a call, how it is asked for, and what one is told when it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Shape, draw
+from torch import Tensor
+
+import fastprompt
+from fastprompt.ops import dispatch, gated_blend, prompt_attention
+
+
+class Recorder:
+    """A backend's kernel that notes its calls and hands the work to the eager one."""
+
+    def __init__(self, operation: str, reason: str | None = None) -> None:
+        self.eager = dispatch._implementations[operation]["eager"]
+        self.reason = reason
+        self.calls = 0
+
+    def run(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.eager.run(*args)
+
+    def can_run(self, *args: Any) -> str | None:
+        return self.reason
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Add kernels for the time of one test: `registry(backend, operation, reason)` gives a Recorder."""
+    own = {operation: dict(by_backend) for operation, by_backend in dispatch._implementations.items()}
+    monkeypatch.setattr(dispatch, "_implementations", own)
+    monkeypatch.setattr(dispatch, "_availability", dict(dispatch._availability))
+    monkeypatch.setattr(dispatch, "_request", "auto")
+
+    def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:
+        recorder = Recorder(operation, reason)
+        dispatch.register(operation, backend, recorder.run, recorder.can_run)
+        dispatch.register_availability(backend, lambda: missing)
+        return recorder
+
+    return add
+
+
+def attend() -> Tensor:
+    return prompt_attention(**draw(Shape(), torch.float32))
+
+
+def test_auto_takes_the_first_backend_in_the_order_of_preference(registry: Any) -> None:
+    cuda, triton = registry("cuda", "prompt_attention"), registry("triton", "prompt_attention")
+    attend()
+    assert (triton.calls, cuda.calls) == (1, 0)
+
+
+def test_auto_passes_over_a_backend_that_cannot_serve_the_call(registry: Any) -> None:
+    triton = registry("triton", "prompt_attention", reason="head_dim 32 is too small")
+    cuda = registry("cuda", "prompt_attention")
+    attend()
+    assert (triton.calls, cuda.calls) == (0, 1)
+
+
+def test_auto_passes_over_a_backend_that_is_not_available(registry: Any) -> None:
+    triton = registry("triton", "prompt_attention", missing="triton is not installed")
+    attend()
+    assert triton.calls == 0
+
+
+def test_auto_falls_back_to_eager(registry: Any) -> None:
+    name, _ = dispatch.select("prompt_attention", "auto", *draw(Shape(), torch.float32).values(), 1.0)
+    assert name == "eager"
+
+
+def test_backward_may_be_served_by_another_backend(registry: Any) -> None:
+    triton = registry("triton", "prompt_attention")
+    inputs = draw(Shape(), torch.float32)
+    inputs["q"].requires_grad_()  # type: ignore[union-attr]
+    prompt_attention(**inputs).sum().backward()
+    assert triton.calls == 1
+    assert inputs["q"].grad is not None  # type: ignore[union-attr]
+
+
+def test_backward_asks_for_the_backend_of_the_forward(registry: Any) -> None:
+    registry("triton", "prompt_attention")
+    backward = registry("triton", "prompt_attention_backward")
+    inputs = draw(Shape(), torch.float32)
+    inputs["q"].requires_grad_()  # type: ignore[union-attr]
+    prompt_attention(**inputs, backend="triton").sum().backward()
+    assert backward.calls == 1
+
+
+@pytest.mark.parametrize("how", ["argument", "context"])
+def test_a_backend_asked_for_by_name_never_falls_back(registry: Any, how: str) -> None:
+    triton = registry("triton", "prompt_attention", reason="head_dim 32 is too small")
+    context, argument = (
+        (dispatch.use_backend("triton"), "auto") if how == "context" else (nullcontext(), "triton")
+    )
+    with (
+        context,
+        pytest.raises(NotImplementedError, match=r"`prompt_attention`.*'triton'.*head_dim 32 is too small"),
+    ):
+        prompt_attention(**draw(Shape(), torch.float32), backend=argument)
+    assert triton.calls == 0
+
+
+def test_an_unavailable_backend_asked_for_by_name_says_why(registry: Any) -> None:
+    registry("triton", "prompt_attention", missing="triton is not installed")
+    with pytest.raises(NotImplementedError, match="triton is not installed"), dispatch.use_backend("triton"):
+        attend()
+
+
+def test_a_backend_without_a_kernel_for_the_operation_says_so(registry: Any) -> None:
+    registry("triton", "gated_blend")
+    with pytest.raises(NotImplementedError, match="no kernel for `prompt_attention`"):
+        prompt_attention(**draw(Shape(), torch.float32), backend="triton")
+
+
+def test_a_bug_inside_a_check_is_not_read_as_unsupported(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = registry("triton", "prompt_attention")
+
+    def broken(*args: Any) -> str | None:
+        raise ZeroDivisionError
+
+    dispatch.register("prompt_attention", "triton", triton.run, broken)
+    with pytest.raises(ZeroDivisionError):
+        attend()
+
+
+def test_the_argument_goes_before_the_context(registry: Any) -> None:
+    triton, cuda = registry("triton", "prompt_attention"), registry("cuda", "prompt_attention")
+    with dispatch.use_backend("triton"):
+        prompt_attention(**draw(Shape(), torch.float32), backend="cuda")
+    assert (triton.calls, cuda.calls) == (0, 1)
+
+
+def test_contexts_nest_and_auto_lifts_the_outer_one(registry: Any) -> None:
+    assert dispatch.requested() == "auto"
+    with fastprompt.use_backend("eager"):
+        assert dispatch.requested() == "eager"
+        with fastprompt.use_backend("auto"):
+            assert dispatch.requested() == "auto"
+            with fastprompt.use_backend("cpu"):
+                assert dispatch.requested() == "cpu"
+                assert dispatch.requested("eager") == "eager"
+        assert dispatch.requested() == "eager"
+    assert dispatch.requested() == "auto"
+
+
+def test_context_is_left_on_an_exception(registry: Any) -> None:
+    with pytest.raises(KeyError), dispatch.use_backend("eager"), dispatch.use_backend("cpu"):
+        raise KeyError
+    assert dispatch.requested() == "auto"
+
+
+def test_context_reaches_the_backward(registry: Any) -> None:
+    backward = registry("triton", "prompt_attention_backward")
+    inputs = draw(Shape(), torch.float32)
+    inputs["q"].requires_grad_()  # type: ignore[union-attr]
+    with dispatch.use_backend("eager"):
+        out = prompt_attention(**inputs)
+    out.sum().backward()
+    assert backward.calls == 0
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "Eager", "triton "])
+def test_unknown_names_are_refused(registry: Any, name: str) -> None:
+    with (
+        pytest.raises(ValueError, match=rf"{name!r}.*'auto', 'triton', 'cuda', 'cpu', 'eager'"),
+        dispatch.use_backend(name),
+    ):
+        pass
+    if name:
+        with pytest.raises(ValueError, match=repr(name)):
+            prompt_attention(**draw(Shape(), torch.float32), backend=name)
+    assert dispatch.requested() == "auto"
+
+
+def test_explain_gives_a_reason_for_every_backend_that_cannot(registry: Any) -> None:
+    registry("triton", "prompt_attention", reason="head_dim 32 is too small")
+    registry("cuda", "prompt_attention", missing="no CUDA device")
+    reasons = dispatch.explain("prompt_attention", *draw(Shape(), torch.float32).values(), 1.0)
+    assert list(reasons) == list(dispatch.BACKENDS)
+    assert reasons["triton"] == "head_dim 32 is too small"
+    assert reasons["cuda"] == "no CUDA device"
+    assert reasons["cpu"]
+    assert reasons["eager"] is None
+
+
+def test_the_table_names_every_backend_with_its_operations_or_its_reason(registry: Any) -> None:
+    registry("triton", "prompt_attention")
+    registry("cuda", "prompt_attention", missing="no CUDA device")
+    table = fastprompt.backends()
+    assert [backend.name for backend in table] == list(dispatch.BACKENDS)
+    triton, cuda, _, eager = table
+    assert triton.available
+    assert triton.operations == ("prompt_attention",)
+    assert not cuda.available
+    assert cuda.reason == "no CUDA device"
+    assert {"prompt_attention", "gated_blend", "folded_cross_attention"} <= set(eager.operations)
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + len(table)
+    assert lines[2].split(maxsplit=2) == ["cuda", "no", "no CUDA device"]
+    assert all(line.startswith(backend.name) for line, backend in zip(lines[1:], table, strict=True))
+
+
+def test_only_eager(registry: Any) -> None:
+    assert dispatch.only_eager("folded_cross_attention")
+    registry("cuda", "folded_cross_attention", missing="no CUDA device")
+    assert dispatch.only_eager("folded_cross_attention")
+    registry("triton", "folded_cross_attention")
+    assert not dispatch.only_eager("folded_cross_attention")
+
+
+@pytest.mark.skipif(
+    dispatch.why_missing("gated_blend", "cpu") is not None, reason="the native library is not installed"
+)
+def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
+    rows, gate = torch.ones(2, 3, 4), torch.ones(1)
+    arguments = (rows, rows, rows[:, :1], gate, 0, 1)
+    assert dispatch.select("gated_blend", "auto", *arguments)[0] == "cpu"
+    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+    assert dispatch.explain("gated_blend", *meta)["cpu"] == "it serves cpu tensors, not meta ones"
+    assert torch.equal(gated_blend(*arguments, backend="cpu"), gated_blend(*arguments, backend="eager"))
+
+
+PROGRAM = """
+import torch
+from fastprompt.ops import prompt_attention, dispatch
+q = torch.ones(1, 2, 1, 4)
+print(dispatch.requested("auto") if dispatch._request in dispatch.BACKENDS else "")
+try:
+    prompt_attention(q, q, q)
+except (ValueError, NotImplementedError) as error:
+    print(type(error).__name__, error)
+else:
+    print("ran")
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("Eager ", ("eager", "ran")),
+        ("tpu", ("ValueError", "FASTPROMPT_BACKEND", "'tpu'")),
+        ("cuda", ("cuda", "NotImplementedError", "'cuda' was asked for by name")),
+    ],
+    ids=["eager", "unknown", "unavailable"],
+)
+def test_environment_variable_asks_for_a_backend(value: str, expected: tuple[str, ...]) -> None:
+    environment = {**os.environ, "FASTPROMPT_BACKEND": value, "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for text in expected:
+        assert text in result.stdout

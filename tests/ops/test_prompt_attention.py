@@ -1,0 +1,225 @@
+"""prompt_attention: numbers and every gradient, whatever the shapes, dtypes, layouts and kinds of prompts."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import combinations
+
+import pytest
+import torch
+from attention_cases import KINDS, SHAPES, Shape, by_loops, concatenated, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import (
+    FLOATS,
+    Inputs,
+    assert_as_exact_as_eager,
+    assert_close,
+    by_dtype,
+    by_layout,
+    evaluate,
+    expanded,
+    saved_bytes,
+)
+from torch import Tensor
+
+from fastprompt.ops import prompt_attention, prompt_attention_reference
+
+OPERATION = "prompt_attention"
+TENSORS = ("q", "k", "v", "prompt_k", "prompt_v", "temperature")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def assert_exact(inputs: Inputs, given: Inputs | None = None, scale: float | None = None) -> None:
+    functions = (
+        partial(f, scale=scale) for f in (prompt_attention, concatenated, prompt_attention_reference)
+    )
+    q = inputs["q"]
+    assert q is not None
+    B, Nq, H, _ = q.shape
+    assert_as_exact_as_eager(*functions, inputs, {"temperature": (B, H, Nq, 1)}, given)
+
+
+@by_kind
+@pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "scale 0.3"])
+def test_reference_is_the_definition(kind: str, scale: float | None) -> None:
+    inputs = draw(Shape(B=3, Nq=4, N=3, P=2, H=2, d=5, kind=kind), torch.float64)
+    cotangent = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    reference = evaluate(partial(prompt_attention_reference, scale=scale), inputs, cotangent)
+    assert_close(reference, evaluate(partial(by_loops, scale=scale), inputs, cotangent), 1e-13)
+    assert_close(reference, evaluate(partial(concatenated, scale=scale), inputs, cotangent), 1e-13)
+
+
+@by_dtype
+@by_kind
+@by_shape
+def test_output_and_gradients(backend: str, device: str, shape: Shape, kind: str, dtype: torch.dtype) -> None:
+    assert_exact(draw(shape._replace(kind=kind), dtype, device))
+
+
+@by_dtype
+def test_output_and_gradients_without_prompts_or_temperature(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
+    inputs = draw(Shape(), dtype, device, temperature=False)
+    assert_exact({**inputs, "prompt_k": None, "prompt_v": None})
+
+
+@by_dtype
+@by_kind
+def test_scale(backend: str, device: str, kind: str, dtype: torch.dtype) -> None:
+    assert_exact(draw(Shape(kind=kind), dtype, device, temperature=False), scale=0.4)
+
+
+@by_layout
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_strides_do_not_matter(backend: str, device: str, kind: str, layout, dtype: torch.dtype) -> None:
+    inputs = draw(Shape(kind=kind, d=40), dtype, device)
+    laid_out = dict(inputs)
+    for name in TENSORS[:5]:
+        x = inputs[name]
+        assert x is not None
+        laid_out[name] = layout(x) if x.ndim == 4 else x if layout is expanded else layout(x[None])[0]
+    same = {name: None if x is None else x.contiguous() for name, x in laid_out.items()}
+    assert_exact(same, given=laid_out)
+
+
+def test_output_and_gradients_are_contiguous(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float32, device)
+    leaves = {
+        n: x if x is None else x.transpose(0, -2).contiguous().transpose(0, -2)
+        for n, x in inputs.items()
+        if n in TENSORS[:5]
+    }
+    saved: dict[str, Tensor] = {}
+    for name, x in leaves.items():
+        x.requires_grad_()
+        leaves[name] = y = x.clone(memory_format=torch.preserve_format)
+        y.register_hook(partial(saved.__setitem__, name))
+    out = prompt_attention(**leaves)
+    assert out.is_contiguous()
+    out.sum().backward()
+    assert all(gradient.is_contiguous() for gradient in saved.values())
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_table_rows_nobody_uses_get_no_gradient_and_shared_ones_get_the_sum(
+    backend: str, device: str, index_dtype: torch.dtype
+) -> None:
+    inputs = draw(Shape(B=4, kind="table"), torch.float64, device)
+    inputs["prompt_index"] = torch.tensor([3, 1, 3, 3], dtype=index_dtype, device=device)
+    cotangent = torch.randn(4, 11, 2, 32, dtype=torch.float64, device=device)
+    table = evaluate(prompt_attention, inputs, cotangent)
+    rows = inputs["prompt_index"].long()
+    per_image = {n: x[rows] if n.startswith("prompt_") and x is not None else x for n, x in inputs.items()}
+    per_image["prompt_index"] = None
+    own = evaluate(prompt_attention, per_image, cotangent)
+    for name in ("gradient of prompt_k", "gradient of prompt_v"):
+        assert (table[name][[0, 2, 4, 5]] == 0).all()
+        torch.testing.assert_close(table[name][1], own[name][1])
+        torch.testing.assert_close(table[name][3], own[name][[0, 2, 3]].sum(0))
+
+
+def test_shared_prompts_get_the_sum_over_images(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float64, device)
+    cotangent = torch.randn(3, 11, 2, 32, dtype=torch.float64, device=device)
+    shared = evaluate(prompt_attention, inputs, cotangent)
+    copies = {
+        n: x.expand(3, -1, -1, -1) if n.startswith("prompt_") and x is not None else x
+        for n, x in inputs.items()
+    }
+    own = evaluate(prompt_attention, copies, cotangent)
+    torch.testing.assert_close(shared["output"], own["output"])
+    for name in ("gradient of prompt_k", "gradient of prompt_v"):
+        torch.testing.assert_close(shared[name], own[name].sum(0))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    shape=st.builds(
+        Shape,
+        B=st.integers(0, 3),
+        Nq=st.integers(1, 9),
+        N=st.integers(1, 40),
+        P=st.integers(0, 12),
+        H=st.integers(1, 3),
+        d=st.sampled_from([1, 3, 8, 16, 20, 32]),
+        kind=st.sampled_from(KINDS),
+    ),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape(shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    assert_exact(draw(shape, dtype))
+
+
+# Gradients only for what trains ----------------------------------------------------------------------------------
+
+SUBSETS = [set(names) for size in range(1, 7) for names in combinations(TENSORS, size)]
+
+
+@pytest.mark.parametrize("kind", ["shared", "table"])
+@pytest.mark.parametrize("trainable", SUBSETS, ids=["+".join(sorted(names)) for names in SUBSETS])
+def test_each_subset_of_inputs_gets_its_gradients_and_no_others(
+    backend: str, device: str, trainable: set[str], kind: str
+) -> None:
+    inputs = draw(Shape(B=2, Nq=5, N=3, P=2, d=8, kind=kind), torch.float64, device)
+    cotangent = torch.randn(2, 5, 2, 8, dtype=torch.float64, device=device)
+    want = evaluate(prompt_attention_reference, inputs, cotangent, trainable)
+    assert_close(evaluate(prompt_attention, inputs, cotangent, trainable), want)
+
+
+@by_dtype
+@by_kind
+@by_shape
+def test_prompt_gradients_are_the_same_when_nothing_else_trains(
+    backend: str, device: str, shape: Shape, kind: str, dtype: torch.dtype
+) -> None:
+    if shape.P == 0:
+        pytest.skip("no prompts to train")
+    inputs = draw(shape._replace(kind=kind), dtype, device)
+    trained = ("prompt_k", "prompt_v")
+
+    def only_prompts(function):
+        return lambda prompt_k, prompt_v: function(**{**inputs, "prompt_k": prompt_k, "prompt_v": prompt_v})
+
+    def reference(prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
+        wide = {n: x.to(prompt_k.dtype) if x is not None and n in TENSORS else x for n, x in inputs.items()}
+        return prompt_attention_reference(**{**wide, "prompt_k": prompt_k, "prompt_v": prompt_v})
+
+    prompts = {name: inputs[name] for name in trained}
+    assert_as_exact_as_eager(only_prompts(prompt_attention), only_prompts(concatenated), reference, prompts)
+
+
+def test_frozen_keys_and_values_are_not_kept_for_the_backward(backend: str, device: str) -> None:
+    inputs = draw(Shape(Nq=40, N=40), torch.float32, device)
+    sizes = {name: x.numel() * 4 for name, x in inputs.items() if x is not None}
+    for name in ("prompt_k", "prompt_v"):
+        inputs[name].requires_grad_()  # type: ignore[union-attr]
+    only_prompts = saved_bytes(lambda: prompt_attention(**inputs))
+    inputs["q"].requires_grad_()  # type: ignore[union-attr]
+    with_queries = saved_bytes(lambda: prompt_attention(**inputs))
+    assert with_queries - only_prompts == sizes["k"] + sizes["v"]
+    output, lse = sizes["q"], 3 * 2 * 40 * 4
+    assert (
+        only_prompts
+        == sizes["q"] + sizes["prompt_k"] + sizes["prompt_v"] + sizes["temperature"] + output + lse
+    )
+
+
+def test_nothing_is_kept_when_nothing_trains(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float32, device)
+    assert saved_bytes(lambda: prompt_attention(**inputs)) == 0
+    assert not prompt_attention(**inputs).requires_grad
+
+
+def test_inputs_are_left_alone(backend: str, device: str) -> None:
+    inputs = draw(Shape(kind="table"), torch.float32, device)
+    before = {name: x.clone() for name, x in inputs.items() if x is not None}
+    evaluate(prompt_attention, inputs, torch.randn(3, 11, 2, 32, device=device))
+    assert all(torch.equal(x, before[name]) for name, x in inputs.items() if x is not None)

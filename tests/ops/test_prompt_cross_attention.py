@@ -1,0 +1,345 @@
+"""prompt_cross_attention: the folded and the direct form give the same numbers and gradients."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from numerics import (
+    Inputs,
+    assert_as_exact_as_eager,
+    assert_close,
+    by_dtype,
+    by_layout,
+    evaluate,
+    saved_bytes,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastprompt.ops import (
+    AttentionWeights,
+    FoldedPrompts,
+    choose_form,
+    fold_prompts,
+    folded_cross_attention,
+    prompt_cross_attention,
+    prompt_cross_attention_reference,
+)
+
+OPERATION = "folded_cross_attention"
+FIELDS = AttentionWeights._fields
+FORMS = ("folded", "direct", "auto")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Shape(NamedTuple):
+    """`A` = H·d, the attention's own width; timm's blocks have A = D."""
+
+    B: int = 2
+    N: int = 9
+    P: int = 5
+    H: int = 3
+    D: int = 24
+    A: int = 24
+    bias: bool = True
+    per_image: bool = False
+
+
+SHAPES = {
+    "biases": Shape(),
+    "no biases": Shape(bias=False),
+    "one prompt": Shape(P=1),
+    "one token": Shape(B=1, N=1),
+    "empty batch": Shape(B=0),
+    "one head": Shape(H=1, P=20),
+    "narrower attention": Shape(A=12),
+    "more prompts than width": Shape(P=40, D=12, A=12),
+    "ViT-Ti": Shape(B=1, N=197, P=10, D=192, A=192),
+}
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+by_form = pytest.mark.parametrize("form", FORMS)
+
+
+def draw(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+    """x, prompts and the attention's maps, by name."""
+    B, N, P, _, D, A, bias, per_image = shape
+    inputs: dict[str, Tensor | None] = {
+        "x": torch.randn(B, N, D),
+        "prompts": torch.randn(*((B,) if per_image else ()), P, D),
+    }
+    for name in FIELDS:
+        outputs, width = (D, A) if name.startswith("proj") else (A, D)
+        inputs[name] = torch.randn(outputs, width) / math.sqrt(width) if name.endswith("weight") else None
+        if name.endswith("bias") and bias:
+            inputs[name] = torch.randn(outputs) / 2
+    return {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
+
+
+def call(function: Any, H: int, **options: Any) -> Any:
+    """`function` as one of named tensors."""
+
+    def named(x: Tensor, prompts: Tensor, **weights: Tensor) -> Tensor:
+        return function(x, prompts, AttentionWeights(**weights), H, **options)
+
+    return named
+
+
+def plain(
+    x: Tensor, prompts: Tensor, weights: AttentionWeights, H: int, scale: float | None = None
+) -> Tensor:
+    """CVPT's cross-attention as its equations stand, by matmul and softmax in the inputs' dtype."""
+    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, proj_weight, proj_bias = weights
+
+    def map_(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = rows @ weight.T
+        return out if bias is None else out + bias
+
+    q, k, v = map_(x, q_weight, q_bias), map_(prompts, k_weight, k_bias), map_(prompts, v_weight, v_bias)
+    d = q.shape[-1] // H
+    outs = []
+    for h in range(H):
+        part = slice(h * d, (h + 1) * d)
+        scores = q[..., part] @ k[..., part].mT * (d**-0.5 if scale is None else scale)
+        outs.append(scores.softmax(-1) @ v[..., part])
+    return map_(torch.cat(outs, -1), proj_weight, proj_bias)
+
+
+@by_shape
+@pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
+@pytest.mark.parametrize("scale", [None, 0.2], ids=["default scale", "scale 0.2"])
+def test_reference_is_the_definition(shape: Shape, per_image: bool, scale: float | None) -> None:
+    inputs = draw(shape._replace(per_image=per_image), torch.float64)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64)
+    functions = (call(f, shape.H, scale=scale) for f in (prompt_cross_attention_reference, plain))
+    assert_close(*(evaluate(f, inputs, cotangent) for f in functions), 1e-12)
+
+
+@by_shape
+@by_form
+@pytest.mark.parametrize("scale", [None, 0.2], ids=["default scale", "scale 0.2"])
+def test_forms_agree_in_output_and_every_gradient(
+    backend: str, device: str, shape: Shape, form: str, scale: float | None
+) -> None:
+    inputs = draw(shape, torch.float64, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    want = evaluate(call(prompt_cross_attention_reference, shape.H, scale=scale), inputs, cotangent)
+    got = evaluate(call(prompt_cross_attention, shape.H, scale=scale, form=form), inputs, cotangent)
+    assert_close(got, want)
+
+
+@by_form
+@pytest.mark.parametrize("shape", [SHAPES["biases"], SHAPES["no biases"]], ids=["biases", "no biases"])
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        {"x"},
+        {"prompts"},
+        {"x", "prompts"},
+        {"q_weight"},
+        {"k_weight", "v_weight"},
+        {"proj_weight", "prompts"},
+    ],
+    ids=lambda names: "+".join(sorted(names)),
+)
+def test_gradients_only_for_what_trains(
+    backend: str, device: str, form: str, shape: Shape, trainable: set[str]
+) -> None:
+    inputs = draw(shape, torch.float64, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent, trainable)
+    assert_close(
+        evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent, trainable), want
+    )
+
+
+@pytest.mark.parametrize("form", ["direct", "auto"])
+def test_prompts_per_image_take_the_direct_form(backend: str, device: str, form: str) -> None:
+    shape = Shape(per_image=True)
+    inputs = draw(shape, torch.float64, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent)
+    assert_close(evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent), want)
+
+
+@by_form
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
+def test_attention_to_no_prompts_is_the_bias_of_the_projection(
+    form: str, bias: bool, per_image: bool
+) -> None:
+    if per_image and form == "folded":
+        pytest.skip("prompts of one image each are never folded")
+    shape = Shape(P=0, bias=bias, per_image=per_image)
+    inputs = draw(shape, torch.float64)
+    out = call(prompt_cross_attention, shape.H, form=form)(**inputs)
+    assert torch.equal(out, inputs["proj_bias"].expand_as(out) if bias else torch.zeros_like(out))  # type: ignore[union-attr]
+    torch.testing.assert_close(out, call(prompt_cross_attention_reference, shape.H)(**inputs))
+
+
+# The folded operation on its own -----------------------------------------------------------------------------------
+
+
+def folded(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None) -> Tensor:
+    return folded_cross_attention(x, FoldedPrompts(key, bias, value, out_bias))
+
+
+def softmax_mlp(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None) -> Tensor:
+    """A two-layer MLP with a softmax per head as its activation."""
+    out = sum((x @ key[h].T + bias[h]).softmax(-1) @ value[h] for h in range(key.shape[0]))
+    return out if out_bias is None else out + out_bias  # type: ignore[return-value]
+
+
+def draw_folded(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+    H, P, D = shape.H, shape.P, shape.D
+    inputs = {
+        "x": torch.randn(shape.B, shape.N, D),
+        "key": torch.randn(H, P, D) / math.sqrt(D),
+        "bias": torch.randn(H, P),
+        "value": torch.randn(H, P, D),
+        "out_bias": torch.randn(D) if shape.bias else None,
+    }
+    return {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
+
+
+@by_dtype
+@by_shape
+def test_folded_output_and_gradients(backend: str, device: str, shape: Shape, dtype: torch.dtype) -> None:
+    assert_as_exact_as_eager(folded, softmax_mlp, softmax_mlp, draw_folded(shape, dtype, device))
+
+
+@by_layout
+def test_strides_do_not_matter(backend: str, device: str, layout: Any) -> None:
+    inputs = draw_folded(Shape(), torch.float32, device)
+    laid_out: Inputs = {
+        **inputs,
+        "x": layout(inputs["x"][:, :, None])[:, :, 0],  # type: ignore[index]
+        "key": layout(inputs["key"][None])[0],  # type: ignore[index]
+        "value": layout(inputs["value"][None])[0],  # type: ignore[index]
+        "bias": layout(inputs["bias"][None, None])[0, 0],  # type: ignore[index]
+    }
+    same = {name: None if x is None else x.contiguous() for name, x in laid_out.items()}
+    assert_as_exact_as_eager(folded, softmax_mlp, softmax_mlp, same, given=laid_out)
+
+
+FOLDED = ("x", "key", "bias", "value", "out_bias")
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [set(names) for size in range(1, 6) for names in combinations(FOLDED, size)],
+    ids=lambda names: "+".join(sorted(names)),
+)
+def test_each_subset_of_folded_inputs_gets_its_gradients(
+    backend: str, device: str, trainable: set[str]
+) -> None:
+    inputs = draw_folded(Shape(B=2, N=4, P=3, H=2, D=6), torch.float64, device)
+    cotangent = torch.randn(2, 4, 6, dtype=torch.float64, device=device)
+    assert_close(*(evaluate(f, inputs, cotangent, trainable) for f in (folded, softmax_mlp)))
+
+
+def test_weights_of_the_tokens_are_not_kept_for_the_backward(backend: str, device: str) -> None:
+    inputs = {
+        n: x.requires_grad_()
+        for n, x in draw_folded(Shape(N=100), torch.float32, device).items()
+        if x is not None
+    }
+    kept = sum(inputs[name].numel() * 4 for name in ("x", "key", "bias", "value"))
+    lse = 2 * 100 * 3 * 4
+    assert saved_bytes(lambda: folded(**inputs)) == kept + lse
+
+
+# Which form ---------------------------------------------------------------------------------------------------------
+
+
+def counted(shape: Shape, form: str) -> int:
+    inputs = draw(shape, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        call(prompt_cross_attention, shape.H, form=form)(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("P", [1, 5, 8, 9, 10, 11, 12, 20], ids=lambda P: f"P={P}")
+def test_auto_takes_the_form_with_fewer_counted_operations(P: int) -> None:
+    shape = Shape(B=4, N=50, P=P, H=6, D=48, A=48)  # folded while H·P < D + P, P < 9.6, and a little less
+    inputs = draw(shape, torch.float32)
+    best = min(("folded", "direct"), key=lambda form: counted(shape, form))
+    assert inputs["prompts"] is not None
+    assert choose_form(4 * 50, inputs["prompts"], 48, 6, 8) == best
+    assert counted(shape, "auto") == counted(shape, best)
+
+
+def test_both_forms_are_chosen_by_the_cases_above() -> None:
+    chosen = {choose_form(200, torch.empty(P, 48), 48, 6, 8) for P in (1, 5, 8, 9, 10, 11, 12, 20)}
+    assert chosen == {"folded", "direct"}
+
+
+def test_few_tokens_do_not_pay_for_folding() -> None:
+    prompts = torch.empty(10, 768)
+    assert choose_form(1, prompts, 768, 12, 64) == "direct"
+    assert choose_form(8 * 197, prompts, 768, 12, 64) == "folded"
+
+
+# What it refuses ----------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown form": ({"form": "fold"}, "'fold'"),
+    "x of two dimensions": ({"x": torch.ones(9, 24)}, r"\(9, 24\)"),
+    "prompts of another width": ({"prompts": torch.ones(5, 23)}, r"D=24; got \(5, 23\)"),
+    "prompts of another batch": ({"prompts": torch.ones(3, 5, 24)}, r"B=2.*\(3, 5, 24\)"),
+    "prompts of one dimension": ({"prompts": torch.ones(24)}, r"\(24,\)"),
+    "prompts per image, folded": ({"prompts": torch.ones(2, 5, 24), "form": "folded"}, "direct"),
+    "heads that do not divide the width": ({"num_heads": 5}, "24; got 5"),
+    "no heads": ({"num_heads": 0}, "got 0"),
+    "a key map of another width": (
+        {"k_weight": torch.ones(24, 20)},
+        r"`k_weight`.*\(24, 24\); got \(24, 20\)",
+    ),
+    "a value map of another width": ({"v_weight": torch.ones(20, 24)}, r"`v_weight`.*got \(20, 24\)"),
+    "a projection of another width": ({"proj_weight": torch.ones(24, 20)}, r"`proj_weight`.*\(24, 20\)"),
+    "prompts on another device": ({"prompts": torch.ones(5, 24, device="meta")}, "`prompts` is on meta"),
+    "a bias on another device": ({"v_bias": torch.ones(24, device="meta")}, "`v_bias` is on meta"),
+    "an unknown backend": ({"backend": "tpu"}, "'tpu'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_with_its_value(changes: dict[str, Any], message: str) -> None:
+    inputs = {**draw(Shape(), torch.float32), "num_heads": 3, **changes}
+    weights = AttentionWeights(**{name: inputs.pop(name) for name in FIELDS})
+    with pytest.raises(ValueError, match=message):
+        prompt_cross_attention(weights=weights, **inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"x": torch.ones(9, 24)}, {"key": torch.ones(3, 5, 20)}, {"bias": torch.ones(5, 3)}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_folded_prompts_of_another_size_are_refused(changes: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="fold_prompts"):
+        folded(**{**draw_folded(Shape(), torch.float32), **changes})
+
+
+@by_form
+def test_nan_in_a_prompt_reaches_every_output(backend: str, device: str, form: str) -> None:
+    inputs = draw(Shape(), torch.float32, device)
+    inputs["prompts"][2] = torch.nan  # type: ignore[index]
+    assert call(prompt_cross_attention, 3, form=form)(**inputs).isnan().all()
+
+
+def test_folded_prompts_serve_many_batches(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float64, device)
+    weights = AttentionWeights(**{name: inputs[name] for name in FIELDS})  # type: ignore[arg-type]
+    once = fold_prompts(inputs["prompts"], weights, 3, 8**-0.5)  # type: ignore[arg-type]
+    reference = partial(
+        prompt_cross_attention_reference, prompts=inputs["prompts"], weights=weights, num_heads=3
+    )
+    for B in (1, 4):
+        x = torch.randn(B, 9, 24, dtype=torch.float64, device=device)
+        torch.testing.assert_close(folded_cross_attention(x, once), reference(x))  # type: ignore[call-arg]

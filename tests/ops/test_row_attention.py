@@ -1,0 +1,138 @@
+"""row_attention: a few query rows with folded key and value maps give what prompt_attention gives on projected rows."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_exact_as_eager, assert_close, by_dtype, by_layout, evaluate
+from torch import Tensor
+
+from fastprompt.ops import prompt_attention_reference, row_attention
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# B, R, N, P, H, d, D
+SIZES = {
+    "class token": (2, 1, 17, 4, 3, 8, 24),
+    "two rows": (2, 2, 9, 3, 2, 16, 32),
+    "no prompts": (2, 1, 9, 0, 3, 8, 24),
+    "one token": (2, 1, 1, 2, 3, 8, 24),
+    "prompts only": (2, 1, 0, 5, 3, 8, 24),
+    "wider rows than heads": (2, 1, 9, 3, 2, 8, 40),
+    "empty batch": (0, 1, 9, 3, 2, 8, 16),
+}
+by_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+
+
+def draw(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    per_image: bool = False,
+    bias: bool = True,
+    temperature: bool = True,
+) -> dict[str, Tensor | None]:
+    B, R, N, P, H, d, D = sizes
+    inputs: dict[str, Tensor | None] = {
+        "q": torch.randn(B, R, H, d),
+        "rows": torch.randn(B, N, D),
+        "prompt_rows": torch.randn(*((B,) if per_image else ()), P, D),
+        "k_weight": torch.randn(H * d, D) / math.sqrt(D),
+        "v_weight": torch.randn(H * d, D) / math.sqrt(D),
+        "v_bias": torch.randn(H * d) if bias else None,
+        "temperature": torch.tensor([0.7]) if temperature else None,
+    }
+    return {name: None if x is None else x.to(dtype) for name, x in inputs.items()}
+
+
+def projected(
+    q: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor | None,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    *,
+    scale: float | None = None,
+    temperature: Tensor | None = None,
+    k_bias: Tensor | None = None,
+) -> Tensor:
+    """Prompt attention on keys and values made of all rows."""
+    heads = q.shape[2:]
+    k, v = (
+        F.linear(rows, k_weight, k_bias).unflatten(-1, heads),
+        F.linear(rows, v_weight, v_bias).unflatten(-1, heads),
+    )
+    prompts = {}
+    if prompt_rows is not None:
+        prompts["prompt_k"] = F.linear(prompt_rows, k_weight, k_bias).unflatten(-1, heads)
+        prompts["prompt_v"] = F.linear(prompt_rows, v_weight, v_bias).unflatten(-1, heads)
+    return prompt_attention_reference(q, k, v, **prompts, scale=scale, temperature=temperature)
+
+
+@by_size
+@pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
+@pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "scale 0.3"])
+def test_equals_attention_on_projected_rows(
+    sizes: tuple[int, ...], per_image: bool, scale: float | None
+) -> None:
+    inputs = draw(sizes, torch.float64, per_image=per_image)
+    B, R, _, _, H, d, _ = sizes
+    cotangent = torch.randn(B, R, H, d, dtype=torch.float64)
+    assert_close(*(evaluate(partial(f, scale=scale), inputs, cotangent) for f in (row_attention, projected)))
+
+
+def test_without_prompts_bias_and_temperature() -> None:
+    inputs = draw(SIZES["class token"], torch.float64, bias=False, temperature=False)
+    inputs["prompt_rows"] = None
+    cotangent = torch.randn(2, 1, 3, 8, dtype=torch.float64)
+    assert_close(*(evaluate(f, inputs, cotangent) for f in (row_attention, projected)))
+
+
+def test_bias_of_the_key_has_no_effect() -> None:
+    inputs = draw(SIZES["class token"], torch.float64)
+    k_bias = 10 * torch.randn(24, dtype=torch.float64)
+    torch.testing.assert_close(row_attention(**inputs), projected(**inputs, k_bias=k_bias))  # type: ignore[arg-type]
+
+
+@by_dtype
+@pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
+def test_output_and_gradients(per_image: bool, dtype: torch.dtype) -> None:
+    def plain(
+        q: Tensor, rows: Tensor, prompt_rows: Tensor, k_weight: Tensor, v_weight: Tensor, v_bias: Tensor
+    ) -> Tensor:
+        every = torch.cat((rows, prompt_rows.expand(len(rows), *prompt_rows.shape[-2:])), 1)
+        k, v = (every @ k_weight.T).unflatten(-1, (3, 8)), (every @ v_weight.T + v_bias).unflatten(-1, (3, 8))
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * 8**-0.5
+        return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+    inputs = draw(SIZES["class token"], dtype, per_image=per_image, temperature=False)
+    del inputs["temperature"]
+    assert_as_exact_as_eager(row_attention, plain, projected, inputs)
+
+
+@by_layout
+def test_strides_do_not_matter(layout) -> None:
+    inputs = draw(SIZES["class token"], torch.float64)
+    laid_out = {
+        **inputs,
+        "q": layout(inputs["q"]),
+        "rows": layout(inputs["rows"][:, :, None])[:, :, 0],  # type: ignore[index]
+        "prompt_rows": layout(inputs["prompt_rows"][None, :, None])[0, :, 0],  # type: ignore[index]
+    }
+    torch.testing.assert_close(row_attention(**laid_out), projected(**laid_out))
+
+
+def test_autocast_runs_it_in_low_precision_and_trains_the_temperature_in_float32() -> None:
+    inputs = draw(SIZES["class token"], torch.float32)
+    inputs["temperature"].requires_grad_()  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = row_attention(**inputs)  # type: ignore[arg-type]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), projected(**inputs), rtol=0.05, atol=0.05)  # type: ignore[arg-type]
+    out.sum().backward()
+    assert inputs["temperature"].grad.dtype == torch.float32  # type: ignore[union-attr]

@@ -1,0 +1,183 @@
+"""What `replace_attention` refuses, what it says then, and what it serves of a user's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm_families import close, gradients, images, same_gradients, small, vit
+from torch import Tensor, nn
+
+import fastprompt
+from fastprompt import vit as adapters
+from fastprompt.ops import dispatch
+from fastprompt.replace import FastAttention, replace_attention, restore_attention
+
+
+class OwnAttention(Attention):
+    """A user's subclass, which may compute anything."""
+
+
+class OwnModel(nn.Module):
+    """A user's model of timm's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 48)
+        self.layers = nn.ModuleList(Block(48, 3, qkv_bias=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class LowRank(nn.Module):
+    """LoRA's shape: a Linear and a low-rank update beside it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False).double()
+        self.up = nn.Linear(2, linear.out_features, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_a_users_subclass_is_refused() -> None:
+    model = vit(attn_layer=OwnAttention).double().eval()
+    expected = model(images())
+    report = replace_attention(model)
+    assert report.replaced == []
+    assert report.reason is not None
+    assert "OwnAttention: a subclass of Attention may compute something else" in report.reason
+    assert type(model.blocks[0].attn) is OwnAttention  # type: ignore[index, union-attr]
+    close(model(images()), expected)
+    with pytest.raises(NotImplementedError, match=r"blocks\.0: .*OwnAttention: a subclass of Attention"):
+        fastprompt.get_prompt_model(model, fastprompt.VPTConfig(num_prompts=2))
+
+
+def test_a_users_own_model_of_timm_blocks_is_served() -> None:
+    model = OwnModel().double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    expected = model(x)
+    report = replace_attention(model, strict=True)
+    assert [r.name for r in report.replaced] == ["layers.0.attn", "layers.1.attn"]
+    close(model(x), expected)
+    assert all(type(layer.attn) is FastAttention for layer in model.layers)
+
+
+def test_a_users_model_may_be_called_attention() -> None:
+    class AttentionClassifier(OwnModel):
+        pass
+
+    assert len(replace_attention(nn.Sequential(AttentionClassifier()), strict=True).replaced) == 2
+    report = replace_attention(nn.Sequential(nn.MultiheadAttention(8, 2)))
+    assert report.reason is not None
+    assert "MultiheadAttention: not one of the classes that are read" in report.reason
+
+
+def test_a_lone_block_and_a_lone_attention_are_served() -> None:
+    assert replace_attention(Block(48, 3)).replaced[0].name == "attn"
+    assert replace_attention(Attention(48, 3)).replaced[0].name == ""
+
+
+def test_attention_outside_a_known_block_is_refused() -> None:
+    class OwnBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Attention(48, 3)
+
+    report = replace_attention(OwnBlock())
+    assert report.replaced == []
+    assert "OwnBlock: not one of the classes that are read" in str(report)
+
+
+@pytest.mark.parametrize("target", ["qkv", "proj"])
+@pytest.mark.parametrize("name", ["vit", "rope-dinov3", "eva-no-rope"])
+def test_a_wrapped_linear_works_replaced_but_takes_no_prompts(name: str, target: str) -> None:
+    model = small(name)
+    wrapped = LowRank(getattr(model.blocks[1].attn, target))
+    setattr(model.blocks[1].attn, target, wrapped)
+    if name == "eva-no-rope" and target == "qkv":  # timm itself reads `qkv.weight` there, past any wrapper
+        model.blocks[1].attn.qkv_bias_separate = True
+    model.blocks[0].requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    expected = gradients(model, model)
+    assert f"blocks.1.attn.{target}.up.weight" in expected
+    replace_attention(model, strict=True)
+    same_gradients(gradients(model, model), expected)
+    with pytest.raises(
+        NotImplementedError, match=r"blocks\.1: .*LowRank stands where a plain torch.nn.Linear is read"
+    ):
+        fastprompt.get_prompt_model(model, fastprompt.VPTConfig(num_prompts=2))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def mixed_model() -> Any:
+    model: Any = small("vit", depth=3)
+    model.blocks[1].attn = OwnAttention(48, 3).double()
+    return model
+
+
+def test_strict_raises_before_anything_is_changed() -> None:
+    model = mixed_model()
+    with pytest.raises(NotImplementedError) as error:
+        replace_attention(model, strict=True)
+    assert "some modules would be skipped" in str(error.value)
+    assert "skipped: a subclass of Attention may compute" in str(error.value)
+    assert "nothing was changed" in str(error.value)
+    assert restore_attention(model) == 0
+    assert len(replace_attention(model).replaced) == 2
+
+
+def test_strict_raises_where_there_is_nothing_to_replace() -> None:
+    with pytest.raises(NotImplementedError, match=r"no attention modules were recognised in torch\..*Linear"):
+        replace_attention(nn.Linear(2, 2), strict=True)
+
+
+def test_unknown_backend() -> None:
+    model = small("vit")
+    with pytest.raises(ValueError, match="there is no backend 'fast'; choose one of 'auto', 'triton'"):
+        replace_attention(model, backend="fast")
+    assert restore_attention(model) == 0
+
+
+def test_missing_backend_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._availability, "cuda", lambda: "no such library")
+    model = small("vit")
+    with pytest.raises(NotImplementedError, match="backend 'cuda' cannot serve attention: no such library"):
+        replace_attention(model, backend="cuda")
+    assert restore_attention(model) == 0
+
+
+@pytest.mark.parametrize(
+    "model", [None, "vit_base_patch16_224", VisionTransformer], ids=["none", "name", "class"]
+)
+def test_not_a_module(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"`replace_attention`: `model` must be an nn\.Module; got"):
+        replace_attention(model)
+
+
+def test_report_is_a_table() -> None:
+    model = mixed_model()
+    report = replace_attention(model)
+    model.blocks[0].attn(torch.zeros(1, 2, 48, dtype=torch.float64), is_causal=True)
+    path = adapters.class_path(model.blocks[1].attn)
+    width = len(path)  # the longer of the two classes
+    assert str(report) == "\n".join(
+        [
+            "replaced 2 attention modules, skipped 1",
+            f"modules  first          {'class'.ljust(width)}  action",
+            f"2        blocks.0.attn  {'timm.layers.attention.Attention'.ljust(width)}  replaced",
+            f"1        blocks.1.attn  {path}  skipped: a subclass of Attention may compute "
+            "something else; only the class itself is served",
+            "1 calls took timm's own path: causal attention",
+        ]
+    )
+    assert repr(report) == str(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -263,3 +264,26 @@ def test_gate_gradient_asks_for_the_difference() -> None:
         blend_backward(torch.zeros(1, 3, 4), torch.tensor(0.5), None, 0, 1, True, True, True)
     with pytest.raises(RuntimeError, match=r"`difference` must be \(1, 1, 4\); got \(1, 2, 4\)"):
         blend_backward(torch.zeros(1, 3, 4), torch.tensor(0.5), torch.zeros(1, 2, 4), 0, 1, True, True, True)
+
+
+def test_a_missing_library_is_said_once_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastprompt.ops import dispatch, gated_blend
+
+    said: list[str] = []
+    monkeypatch.setitem(dispatch._availability, "cpu", lambda: "not built")
+    monkeypatch.setitem(dispatch._missed, "cpu", lambda: said.append("missing"))
+    x = torch.randn(1, 3, 4)
+    out = gated_blend(x, x, x[:, :1], torch.ones(1), 0, 1)
+    assert said == ["missing"]
+    torch.testing.assert_close(out, x + x)
+
+
+def test_the_warning_names_what_to_install_and_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.warn_missing_once.cache_clear()
+    monkeypatch.setattr(native, "load", lambda: "the native library _C.so is not installed")
+    with pytest.warns(RuntimeWarning, match="not installed"):
+        native.warn_missing_once()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native.warn_missing_once()
+    native.warn_missing_once.cache_clear()

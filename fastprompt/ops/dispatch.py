@@ -145,8 +145,11 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Implementatio
         return backend, _implementations[operation][backend]
     for name in BACKENDS:
         implementation = _implementations[operation].get(name)
-        if implementation and _unavailable(name) is None and implementation.can_run(*args) is None:
+        if implementation is None or implementation.can_run(*args) is not None:
+            continue
+        if _unavailable(name) is None:
             return name, implementation
+        _missed.get(name, _say_nothing)()
     raise NotImplementedError(f"`{operation}`: no backend can serve this call:\n{_reasons(operation, *args)}")
 
 

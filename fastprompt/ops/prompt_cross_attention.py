@@ -97,8 +97,9 @@ def prompt_cross_attention(
     H, d = num_heads, weights.q_weight.shape[0] // num_heads
     scale = d**-0.5 if scale is None else float(scale)
     if prompts.shape[-2] == 0:
-        out = x.new_zeros(*x.shape[:2], weights.proj_weight.shape[0])
-        return out if weights.proj_bias is None else out + weights.proj_bias
+        # An empty sum, which keeps x in the graph.
+        out = x[..., :0].sum(-1, keepdim=True).expand(*x.shape[:2], weights.proj_weight.shape[0])
+        return out.clone() if weights.proj_bias is None else out + weights.proj_bias
     if form == "auto":
         form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
     if form == "folded":
@@ -167,10 +168,12 @@ def direct_cross_attention(
 def folded_cross_attention(x: Tensor, folded: FoldedPrompts, *, backend: str = dispatch.AUTO) -> Tensor:
     """softmax_h(x·keyᵀ + bias)·value + out_bias for x [B, N, D] -> [B, N, D]; differentiable in all of them."""
     key, bias, value, out_bias = folded
-    if x.ndim != 3 or key.ndim != 3 or key.shape[2] != x.shape[2] or bias.shape != key.shape[:2]:
+    fits = x.ndim == 3 and key.ndim == 3 and key.shape[2] == x.shape[2]
+    if not fits or bias.shape != key.shape[:2] or value.ndim != 3 or value.shape[:2] != key.shape[:2]:
         raise ValueError(
-            "`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P]; "
-            f"got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}; make them by `fold_prompts`"
+            "`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
+            f"`folded.value` [H, P, D]; got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}, "
+            f"{tuple(value.shape)}; make them by `fold_prompts`"
         )
     out, _ = torch.ops.fastprompt.folded_cross_attention(
         x, key, bias, value, out_bias, dispatch.requested(backend)
@@ -220,9 +223,20 @@ def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int
             fail(f"`{name}` must be [H·d, D] = {(width, D)}; got {tuple(getattr(weights, name).shape)}")
     if weights.proj_weight.ndim != 2 or weights.proj_weight.shape[1] != width:
         fail(f"`proj_weight` must be [D, H·d={width}]; got {tuple(weights.proj_weight.shape)}")
+    biases = {"q_bias": width, "k_bias": width, "v_bias": width, "proj_bias": weights.proj_weight.shape[0]}
+    for name, size in biases.items():
+        bias = getattr(weights, name)
+        if bias is not None and bias.shape != (size,):
+            fail(f"`{name}` must be [{size}] or None; got {tuple(bias.shape)}")
     for name, tensor in (("prompts", prompts), *weights._asdict().items()):
-        if tensor is not None and tensor.device != x.device:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
             fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"`prompt_cross_attention`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
+            )
 
 
 # The operator of the folded form ---------------------------------------------------------------------------------

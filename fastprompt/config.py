@@ -259,6 +259,7 @@ class DAVPTConfig(PromptConfig):
         alpha, delta: sharpness and margin of the loss.
         pool: what the head reads, as for :class:`VPTConfig`.
         dropout: probability of dropping prompt values in training; each image draws its own mask.
+        feature_norm: what the classes' mean features pass through before they are clustered: "layer", "l2" or "none".
         tune: "prompts", or "prompts+biases" (DA-VPT+), which trains in place on the timm model: the class token, the
             biases of k, v, proj (the patch embedding's too), fc2 and norm2, and norm1; not q's bias.
         backbone_train_mode: True, as in the official code, puts the frozen blocks into train mode with the model.
@@ -286,6 +287,7 @@ class DAVPTConfig(PromptConfig):
     delta: float = 0.1
     pool: Pool = "backbone"
     dropout: float = 0.0
+    feature_norm: Literal["layer", "l2", "none"] = "layer"
     tune: Literal["prompts", "prompts+biases"] = "prompts"
     backbone_train_mode: bool = True
 
@@ -301,6 +303,7 @@ class DAVPTConfig(PromptConfig):
         self._check_choice("class_feature", "cls", "query", "key")
         self._check_choice("proxy_for_class", "prompt", "query", "key")
         self._check_choice("proxy_for_patch", "prompt", "query", "key")
+        self._check_choice("feature_norm", "layer", "l2", "none")
         self._check_choice("tune", "prompts", "prompts+biases")
         for name in ("patch_weight", "class_weight", "delta"):
             self._check_number(name, low=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,10 @@ class PromptModel(nn.Module):
         logits = _logits(self.base, self.pool, x, carried, self._read)
         if labels is None:
             return logits
-        return PromptOutput(logits, logits.new_zeros(()) if observer is None else observer.loss())
+        if observer is None:
+            return PromptOutput(logits, logits.new_zeros(()))
+        features = _logits(self.base, self.pool, x, carried, self._read, pre_logits=True)
+        return PromptOutput(logits, observer.loss(features))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> all tokens after the final norm, [B, N, D], for `forward_head`.
@@ -187,6 +190,30 @@ class PromptModel(nn.Module):
         and values as they are now: fold again after further training.
         """
         return FoldedPromptModel(self)
+
+    def fit_class_map(self, loader: Iterable[tuple[Tensor, Tensor]], images_per_class: int = 10) -> bool:
+        """DA-VPT: map classes to prompts by k-means over the frozen backbone's mean feature of each class.
+
+        Args:
+            loader: yields (images [B, C, h, w], labels [B]); read until each class has its images, or to the end.
+            images_per_class: how many images of each class are averaged.
+
+        Returns:
+            Whether `class_to_prompt` was changed (a map of all classes to one prompt is not used).
+
+        Raises:
+            NotImplementedError: the method has no class map.
+            ValueError: fewer classes have images than there are prompts.
+        """
+        return self.method.fit_class_map(self, loader, images_per_class)
+
+    def update_class_map(self) -> bool:
+        """DA-VPT: map classes anew by their mean features in the tuned model; call it after an epoch of training.
+
+        The means are taken over the training forwards with labels since the last call; all processes of a distributed
+        run must call it together. Returns whether `class_to_prompt` was changed.
+        """
+        return self.method.update_class_map(self)
 
     def train(self, mode: bool = True) -> PromptModel:
         """Train mode for prompts and head; the frozen backbone stays in eval mode unless the config says otherwise."""
@@ -276,13 +303,13 @@ def _reading(base: Any, pool: str, tokens: int, carried: int) -> Reading:
     return Reading()  # norm comes before the mean, so that it needs every row
 
 
-def _logits(base: Any, pool: str, x: Tensor, carried: int, read: Any) -> Tensor:
-    """What the blocks returned for `read` -> logits [B, classes]."""
+def _logits(base: Any, pool: str, x: Tensor, carried: int, read: Any, pre_logits: bool = False) -> Tensor:
+    """What the blocks returned for `read` -> logits [B, classes], or the features [B, D] that the classifier reads."""
     if x.ndim == 2:
-        return backbone.classify(base, x)  # the mean over rows, before the norm
+        return backbone.classify(base, x, pre_logits)  # the mean over rows, before the norm
     if pool == "backbone":
         if read(x.shape[1], carried).rows is None:
             x = strip(x, base.num_prefix_tokens, carried)
-        return base.forward_head(base.norm(x))
+        return base.forward_head(base.norm(x), pre_logits=pre_logits)
     spans = backbone.pool_spans(base, pool, x.shape[1], carried)
-    return backbone.classify(base, backbone.mean_of(base.norm(x), spans))
+    return backbone.classify(base, backbone.mean_of(base.norm(x), spans), pre_logits)

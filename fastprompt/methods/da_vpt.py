@@ -8,14 +8,17 @@ a prompt is computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt import vit
 from fastprompt.config import DAVPTConfig, PromptConfig, VPTConfig
+from fastprompt.methods.class_map import map_classes
 from fastprompt.methods.method import Observer
 from fastprompt.methods.proxy_loss import proxy_loss, similarities
 from fastprompt.methods.vpt import VPT
@@ -66,11 +69,67 @@ class DAVPT(VPT):
         # Until a map is fitted, classes take turns; with as many prompts as classes that is the identity.
         classes = torch.arange(base.num_classes, device=like.device)
         model.register_buffer("class_to_prompt", classes % self.proxies)
+        model.register_buffer("class_centroids", like.new_full((self.proxies, base.embed_dim), torch.nan))
+        # What an epoch has seen of each class; of no use to a later run.
+        sums = torch.zeros(base.num_classes, base.embed_dim, device=like.device)
+        model.register_buffer("class_sums", sums, persistent=False)
+        model.register_buffer("class_counts", sums.new_zeros(base.num_classes), persistent=False)
         if self.da_config.tune == "prompts+biases":
             _train_biases(base)
 
     def observe(self, model: Any, labels: Tensor) -> Observer:
         return _GuidedLosses(self, model, labels)
+
+    @torch.no_grad()
+    def fit_class_map(
+        self, model: Any, loader: Iterable[tuple[Tensor, Tensor]], images_per_class: int
+    ) -> bool:
+        base, training = model.base, model.training
+        model.eval()
+        _forget(model)
+        device = model.class_counts.device
+        for images, labels in loader:
+            labels = labels.to(device)
+            wanted = model.class_counts[labels] + _earlier(labels) < images_per_class
+            if wanted.any():
+                tokens = base.forward_features(images.to(device)[wanted])
+                _remember(model, base.forward_head(tokens, pre_logits=True), labels[wanted])
+            if bool((model.class_counts >= images_per_class).all()):
+                break
+        model.train(training)
+        return self._map_classes(model, first=True)
+
+    @torch.no_grad()
+    def update_class_map(self, model: Any) -> bool:
+        if dist.is_available() and dist.is_initialized():
+            for total in (model.class_sums, model.class_counts):
+                dist.all_reduce(total)
+        return self._map_classes(model, first=bool(model.class_centroids.isnan().any()))
+
+    def _map_classes(self, model: Any, *, first: bool) -> bool:
+        if not model.class_counts.any():
+            raise ValueError(
+                "class map: no image has been seen; train with `labels`, or pass a loader that has images"
+            )
+        means = model.class_sums / model.class_counts.clamp(min=1).unsqueeze(1)
+        # Drawn alike in every process of a distributed run.
+        generator = torch.Generator().manual_seed(0)
+        found = map_classes(
+            means,
+            model.class_counts,
+            None if first else model.class_centroids,
+            self.proxies,
+            norm=self.da_config.feature_norm,
+            generator=generator,
+        )
+        _forget(model)
+        if found is None:
+            return False
+        assignment, centroids = found
+        model.class_centroids.copy_(centroids)
+        changed = not torch.equal(model.class_to_prompt, assignment)
+        model.class_to_prompt.copy_(assignment)
+        return changed
 
     def _normed(self, model: Any, p: Tensor) -> Tensor:
         if self.da_config.prompt_norm == "l2":
@@ -82,7 +141,7 @@ class _GuidedLosses:
     """Collects the loss of each guided block as its input passes by."""
 
     def __init__(self, method: DAVPT, model: Any, labels: Tensor) -> None:
-        self.method, self.model = method, model
+        self.method, self.model, self.labels = method, model, labels
         self.proxy_of_image = model.class_to_prompt[labels]
         self.losses: list[Tensor] = []
 
@@ -100,7 +159,9 @@ class _GuidedLosses:
             feature = _view(base.blocks[i], tokens[:, 0], config.class_feature)
             self._add(config.class_weight, feature, _view(base.blocks[i], prompts, config.proxy_for_class))
 
-    def loss(self) -> Tensor:
+    def loss(self, features: Tensor) -> Tensor:
+        if self.model.training:
+            _remember(self.model, features.detach(), self.labels)
         if not self.losses:
             return self.model.prompts[0].new_zeros(())
         return torch.stack(self.losses).sum() / len(self.method.guided)
@@ -112,6 +173,22 @@ class _GuidedLosses:
             sims, self.proxy_of_image, criterion=config.criterion, alpha=config.alpha, delta=config.delta
         )
         self.losses.append(weight * loss)
+
+
+def _remember(model: Any, features: Tensor, labels: Tensor) -> None:
+    """Add features [B, D] of images of classes `labels` [B] to the sums of their classes."""
+    model.class_sums.index_add_(0, labels, features.to(model.class_sums.dtype))
+    model.class_counts.index_add_(0, labels, torch.ones_like(labels, dtype=model.class_counts.dtype))
+
+
+def _forget(model: Any) -> None:
+    model.class_sums.zero_()
+    model.class_counts.zero_()
+
+
+def _earlier(labels: Tensor) -> Tensor:
+    """How many of the labels [B] before each one are the same."""
+    return (labels.unsqueeze(1) == labels).tril(-1).sum(1)
 
 
 def _view(block: Any, rows: Tensor, kind: str) -> Tensor:

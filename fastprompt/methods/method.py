@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class Observer(Protocol):
     def see(self, block: int, tokens: Tensor) -> None:
         """As `on_block` of :meth:`PromptMethod.run`."""
 
-    def loss(self) -> Tensor:
-        """The method's loss, a scalar."""
+    def loss(self, features: Tensor) -> Tensor:
+        """The method's loss, a scalar; `features` [B, D] are what the head reads, after pooling and norm."""
 
 
 class PromptMethod(ABC):
@@ -82,6 +82,16 @@ class PromptMethod(ABC):
     def observe(self, model: Any, labels: Tensor) -> Observer | None:
         """What watches a forward with labels [B] to make the method's own loss; None for a method without one."""
         return None
+
+    def fit_class_map(
+        self, model: Any, loader: Iterable[tuple[Tensor, Tensor]], images_per_class: int
+    ) -> bool:
+        """See :meth:`fastprompt.PromptModel.fit_class_map`."""
+        raise NotImplementedError(f"{type(self).__name__} maps no classes to prompts; DA-VPT does")
+
+    def update_class_map(self, model: Any) -> bool:
+        """See :meth:`fastprompt.PromptModel.update_class_map`."""
+        raise NotImplementedError(f"{type(self).__name__} maps no classes to prompts; DA-VPT does")
 
 
 def method_for(config: PromptConfig, base: nn.Module) -> PromptMethod:

@@ -14,10 +14,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt import backbone, blocks, vit
+from fastprompt import backbone, vit
 from fastprompt.blocks import Context, Cross
 from fastprompt.config import CVPTConfig
-from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
+from fastprompt.methods.method import PromptMethod, Read, run_reading
 from fastprompt.ops import choose_form, fold_prompts, project_prompts
 
 
@@ -70,13 +70,7 @@ class CVPT(PromptMethod):
             on_block(-1, x)
         for i, block in enumerate(base.blocks[:depth]):
             reading = read(x.shape[1], 0) if i == self.depth - 1 else backbone.Reading()
-            context = (None, Context(rope=ropes[i], cross=state[i]))
-            if reading.rows is not None:
-                x = run_checkpointed(base, blocks.run_rows, block, x, reading.rows, *context)
-            elif reading.spans is not None:
-                x = run_checkpointed(base, blocks.run_mean, block, x, reading.spans, *context)
-            else:
-                x = run_checkpointed(base, blocks.run_block, block, x, *context)
+            x = run_reading(base, block, x, reading, None, Context(rope=ropes[i], cross=state[i]))
             if on_block is not None:
                 on_block(i, x)
         return x, 0

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastprompt import blocks
 from fastprompt.backbone import Reading
+from fastprompt.blocks import BlockPrompts, Context
 from fastprompt.config import PromptConfig
 
 # (rows of the last block's sequence, carried prompts among them) -> what the head reads.
@@ -102,8 +104,16 @@ def method_for(config: PromptConfig, base: nn.Module) -> PromptMethod:
     return METHODS[type(config)](config, base)
 
 
-def run_checkpointed(base: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, recomputed in the backward if the timm model has gradient checkpointing switched on."""
+def run_reading(
+    base: Any, block: Any, x: Tensor, reading: Reading, prompts: BlockPrompts | None, context: Context
+) -> Tensor:
+    """Run `block` for what is read of it; recomputed in the backward if `base` has gradient checkpointing on."""
+    function: Callable[..., Tensor] = blocks.run_block
+    what: tuple[Any, ...] = ()
+    if reading.rows is not None:
+        function, what = blocks.run_rows, (reading.rows,)
+    elif reading.spans is not None:
+        function, what = blocks.run_mean, (reading.spans,)
     if getattr(base, "grad_checkpointing", False):
-        return checkpoint(function, *args, use_reentrant=False)
-    return function(*args)
+        return checkpoint(function, block, x, *what, prompts, context, use_reentrant=False)
+    return function(block, x, *what, prompts, context)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastprompt import backbone, blocks
 from fastprompt.blocks import BlockPrompts, Context
 from fastprompt.config import PromptConfig, VPTConfig
-from fastprompt.methods.method import PromptMethod, Read, run_checkpointed
+from fastprompt.methods.method import PromptMethod, Read, run_reading
 
 
 class VPTState(NamedTuple):
@@ -108,13 +108,8 @@ class VPT(PromptMethod):
             reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
             temperature = state.temperatures[i] if state.temperatures else None
             gate = state.gates[i] if i < len(state.gates) and carried else None
-            context = (state.prompts[i], Context(ropes[i], carried, prefix, temperature, gate))
-            if reading.rows is not None:
-                x = run_checkpointed(base, blocks.run_rows, block, x, reading.rows, *context)
-            elif reading.spans is not None:
-                x = run_checkpointed(base, blocks.run_mean, block, x, reading.spans, *context)
-            else:
-                x = run_checkpointed(base, blocks.run_block, block, x, *context)
+            context = Context(ropes[i], carried, prefix, temperature, gate)
+            x = run_reading(base, block, x, reading, state.prompts[i], context)
             if on_block is not None:
                 on_block(i, strip(x, prefix, carried))
         return x, carried

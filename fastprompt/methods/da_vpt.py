@@ -50,6 +50,8 @@ class DAVPT(VPT):
                 "DA-VPT: the class feature needs a class token, and this model has none; set class_weight=0"
             )
         self.guided = range(first, last + 1)
+        for i in self.guided:
+            _check_widths(config, base.blocks[i], i)
         self.proxies = min(config.num_proxy_prompts, base.num_classes)
 
     def build(self, model: Any) -> None:
@@ -203,6 +205,21 @@ def _view(block: Any, rows: Tensor, kind: str) -> Tensor:
     if kind == "query":
         return F.linear(h, weights.q_weight, weights.q_bias)
     return F.linear(h, weights.k_weight, weights.k_bias)
+
+
+def _check_widths(config: DAVPTConfig, block: Any, i: int) -> None:
+    """Refuse to compare rows of the model's width with projections of another (`attn_head_dim`)."""
+    weights = vit.adapters(block)[1].weights(block.attn)
+    if weights is None or weights.q_weight.shape[0] == weights.q_weight.shape[1]:
+        return
+    pairs = {("cls", config.proxy_for_patch), (config.class_feature, config.proxy_for_class)}
+    for feature, proxy in pairs:
+        if (feature in ("query", "key")) != (proxy in ("query", "key")):
+            raise NotImplementedError(
+                f"DA-VPT: blocks.{i}: queries and keys are {weights.q_weight.shape[0]} wide and tokens "
+                f"{weights.q_weight.shape[1]}, so that {feature!r} cannot be compared with {proxy!r}; "
+                "choose features and proxies of one kind"
+            )
 
 
 def _draw(like: Tensor, *shape: int) -> Tensor:

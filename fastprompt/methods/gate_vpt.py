@@ -36,11 +36,11 @@ class GateVPT(VPT):
         super().build(model)
         like, config = model.prompts[0], self.gate_config
         model.gate_logits = nn.Parameter(like.new_full((self.num_gates,), -config.gate_init))
-        model.temperature = None
         if config.temperature is True:
             model.temperature = nn.Parameter(like.new_ones(self.depth))
-        elif config.temperature is not False:
-            model.register_buffer("temperature", like.new_full((self.depth,), config.temperature))
+        else:
+            fixed = None if config.temperature is False else like.new_full((self.depth,), config.temperature)
+            model.register_buffer("temperature", fixed)
 
     def prepare(self, model: Any, batch_size: int | None, read: Read) -> VPTState:
         if isinstance(model.temperature, nn.Parameter):

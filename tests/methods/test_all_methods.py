@@ -1,0 +1,159 @@
+"""What every method does alike: on each served family it works, or is refused with the reason."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from timm_families import CLASSES, PROMPTABLE, images, small
+
+import fastprompt
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
+
+METHODS: dict[str, PromptConfig] = {
+    "vpt": VPTConfig(3),
+    "gate-vpt": GateVPTConfig(3, dropout=0.0),
+    "cvpt": CVPTConfig(3),
+    "da-vpt": DAVPTConfig(3, 4, (1, 1)),
+    "da-vpt-plus": DAVPTConfig(3, 4, (0, 1), prompt_norm="layer", tune="prompts+biases", class_feature="key"),
+}
+REASONS = {
+    "cvpt": "CVPT's",  # no cross-attention is defined with q/k norm, output norm, gate, norm after the branches
+    "da-vpt": r"needs a class token|queries and keys are \d+ wide",
+    "da-vpt-plus": r"needs a class token|queries and keys are \d+ wide",
+}
+
+
+def model_or_reason(base: Any, method: str) -> Any:
+    try:
+        return fastprompt.get_prompt_model(base, METHODS[method])
+    except NotImplementedError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", PROMPTABLE)
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_on_the_family_or_says_why_not(method: str, family: str) -> None:
+    base: Any = small(family)
+    model = model_or_reason(base, method)
+    if isinstance(model, str):
+        assert re.search(REASONS[method], model), model
+        assert all(p.requires_grad for p in base.parameters()), "nothing was changed"
+        return
+    if method == "cvpt":
+        attn = base.blocks[0].attn
+        assert all(type(getattr(attn, n)) is torch.nn.Identity for n in ("q_norm", "k_norm", "norm"))
+    model.train()
+    x, labels = images(4), torch.arange(4)
+    output = model(x, labels=labels)
+    assert output.logits.shape == (4, CLASSES)
+    (output.logits.square().sum() + output.method_loss).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+    assert all(p.grad.any() for p in model.prompts)
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+        torch.testing.assert_close(
+            model.forward_head(model.forward_features(x)), logits, rtol=1e-10, atol=1e-10
+        )
+        torch.testing.assert_close(model.fold()(x), logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_models_take_every_method(method: str) -> None:
+    assert isinstance(fastprompt.get_prompt_model(small("vit"), METHODS[method]), fastprompt.PromptModel)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configuration_survives_json(method: str) -> None:
+    config = METHODS[method]
+    assert PromptConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dict_restores_the_method(method: str) -> None:
+    model = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
+    other = fastprompt.get_prompt_model(small("vit", seed=3), METHODS[method]).eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(images()), model(images()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_and_compilation_change_nothing(method: str) -> None:
+    torch._dynamo.reset()
+    model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
+    labels = torch.arange(2)
+
+    def gradients(function: Any) -> tuple[torch.Tensor, ...]:
+        output = function(images(), labels=labels)
+        return torch.autograd.grad(output.logits.square().sum() + output.method_loss, list(model.prompts))
+
+    plain = gradients(model)
+    torch.testing.assert_close(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), plain)
+    model.base.set_grad_checkpointing(True)
+    torch.testing.assert_close(gradients(model), plain)
+
+
+BAD = [
+    (GateVPTConfig, {"num_prompts": 0}, "num_prompts"),
+    (GateVPTConfig, {"num_prompts": 2, "gate_init": float("inf")}, "gate_init"),
+    (GateVPTConfig, {"num_prompts": 2, "temperature": 0.0}, "temperature"),
+    (GateVPTConfig, {"num_prompts": 2, "temperature_range": (1.0, 0.5)}, "temperature_range"),
+    (GateVPTConfig, {"num_prompts": 2, "num_gates": -1}, "num_gates"),
+    (CVPTConfig, {"num_prompts": 2, "insert": 6}, "insert"),
+    (CVPTConfig, {"num_prompts": -2}, "num_prompts"),
+    (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (3, 1)}, "guided_blocks"),
+    (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 0, "guided_blocks": (0, 1)}, "num_proxy_prompts"),
+    (
+        DAVPTConfig,
+        {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (0, 1), "criterion": "arcface"},
+        "criterion",
+    ),
+    (
+        DAVPTConfig,
+        {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (0, 1), "patch_weight": -1.0},
+        "patch_weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "fields", "named"), BAD, ids=[f"{c.__name__}-{n}" for c, _, n in BAD])
+def test_bad_values_are_refused_by_name(config: type, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{config.__name__}: `{named}`"):
+        config(**fields)
+
+
+def test_values_that_do_not_fit_the_model_are_refused_unchanged() -> None:
+    for config, message in (
+        (GateVPTConfig(2, num_gates=3), "`num_gates` must be <= 2"),
+        (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must lie in 0\.\.1"),
+    ):
+        base = small("vit")
+        with pytest.raises(ValueError, match=message):
+            fastprompt.get_prompt_model(base, config)
+        assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("temperature", [False, 0.5])
+def test_gate_vpt_with_a_fixed_temperature_or_none(temperature: bool | float) -> None:
+    model: Any = fastprompt.get_prompt_model(small("vit"), GateVPTConfig(3, temperature=temperature)).eval()
+    trained: Any = fastprompt.get_prompt_model(small("vit"), GateVPTConfig(3)).eval()
+    assert "temperature" not in dict(model.named_parameters())
+    with torch.no_grad():
+        trained.prompts[0].copy_(model.prompts[0])
+        trained.temperature.fill_(temperature or 1.0)
+    torch.testing.assert_close(model(images()), trained(images()))
+
+
+def test_cvpt_dropout_draws_a_mask_for_each_image_and_takes_the_direct_form() -> None:
+    model: Any = fastprompt.get_prompt_model(small("vit"), CVPTConfig(3, dropout=0.5)).train()
+    state = model.method.prepare(model, 4, model._read)
+    assert state[0].prompts.key.shape[:2] == (4, 3)
+    assert not torch.equal(state[0].prompts.key[0], state[0].prompts.key[1])
+    model.eval()
+    assert model.method.prepare(model, 4, model._read)[0].prompts.key.ndim == 3

@@ -18,6 +18,7 @@ from fastprompt.ops import dispatch
 from fastprompt.ops.registration import (
     accumulation_dtype,
     autocast,
+    autocast_enabled,
     define,
     differentiate,
     refuse_second_derivative,
@@ -88,7 +89,7 @@ def _check(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int
             fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
     if not x.is_floating_point():
         raise TypeError(f"`gated_blend`: `x` must be floating point; got {x.dtype}; convert it")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast_enabled(x):
         for name, tensor in tensors.items():
             if tensor.dtype != x.dtype:
                 raise TypeError(

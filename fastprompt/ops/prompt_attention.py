@@ -21,6 +21,7 @@ from fastprompt.ops import dispatch
 from fastprompt.ops.registration import (
     accumulation_dtype,
     autocast,
+    autocast_enabled,
     define,
     differentiate,
     refuse_second_derivative,
@@ -182,7 +183,7 @@ def _check(
             fail(f"`{name}` is on {tensor.device} and `q` on {q.device}; move it there")
     if not q.is_floating_point():
         raise TypeError(f"`prompt_attention`: `q` must be floating point; got {q.dtype}; convert it")
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocast_enabled(q):
         for name in ("k", "v", "prompt_k", "prompt_v"):
             if name in tensors and tensors[name].dtype != q.dtype:
                 raise TypeError(

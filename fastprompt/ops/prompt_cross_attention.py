@@ -26,6 +26,7 @@ from fastprompt.ops.prompt_attention import prompt_attention
 from fastprompt.ops.registration import (
     accumulation_dtype,
     autocast,
+    autocast_enabled,
     define,
     differentiate,
     refuse_second_derivative,
@@ -233,7 +234,7 @@ def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int
             continue
         if tensor.device != x.device:
             fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not autocast_enabled(x):
             raise TypeError(
                 f"`prompt_cross_attention`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
             )

@@ -90,6 +90,12 @@ def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ())
         LIBRARY.impl(name, kernel_for(device), f"Autocast{device.upper()}")
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast would act on an operation on `tensor` (on the meta device there is none)."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over tensors of `dtype` are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

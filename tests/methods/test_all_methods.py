@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from timm_families import CLASSES, PROMPTABLE, images, small
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
 from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
@@ -157,3 +158,12 @@ def test_cvpt_dropout_draws_a_mask_for_each_image_and_takes_the_direct_form() ->
     assert not torch.equal(state[0].prompts.key[0], state[0].prompts.key[1])
     model.eval()
     assert model.method.prepare(model, 4, model._read)[0].prompts.key.ndim == 3
+
+
+@pytest.mark.parametrize("method", ["vpt", "gate-vpt", "cvpt"])
+def test_shapes_and_operations_can_be_had_on_the_meta_device(method: str) -> None:
+    model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.float64)).sum().backward()
+    assert counter.get_total_flops() > 0
+    assert model.prompts[0].grad.shape == model.prompts[0].shape

@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for the results (demo-out)"
     )
-    demo.add_argument("--seeds", type=int, metavar="N", help="random splits to average over (default: 3)")
+    demo.add_argument(
+        "--seeds", type=int, metavar="N", help="draws of labelled images to average over (default: 3)"
+    )
     demo.add_argument("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     demo.set_defaults(run=_demo)
 
@@ -73,9 +75,7 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"--seeds must lie in 1..100; got {args.seeds}")
     missing = [name for name in ("sklearn", "matplotlib", "rich") if not _installed(name)]
     if missing:
-        raise UsageError(
-            f"the demo needs {', '.join(missing)}; install them with pip install 'fastprompt[train]'"
-        )
+        raise UsageError(f"the demo needs {' and '.join(missing)}; run pip install 'fastprompt[train]'")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         # Found out now, not after minutes of training.

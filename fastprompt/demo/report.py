@@ -1,0 +1,124 @@
+"""The demo's table: on the terminal, as Markdown, and as JSON with everything behind it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastprompt.demo.run import Results, Row
+
+QUICK_NOTE = "Smoke run (--quick): these numbers mean nothing."
+COLUMNS = (
+    "Method",
+    "Accuracy, %",
+    "Trained parameters",
+    "Step, ms",
+    "Concat / fastprompt",
+    "Largest logit difference",
+)
+ALIGN_LEFT = 1  # columns from here on hold numbers
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table as text, in the order of `COLUMNS`."""
+    comparison = row.comparison
+    return (
+        row.name,
+        f"{100 * row.mean:.1f} ± {100 * row.std:.1f}",
+        f"{row.trained_parameters:,}",
+        f"{row.step_ms:.1f}",
+        "-" if comparison is None else f"{comparison.ratio:.2f} x",
+        "-" if comparison is None else f"{comparison.logit_difference:.1e}",
+    )
+
+
+def summary(results: Results) -> list[str]:
+    """What the table's numbers are, one sentence a line."""
+    protocol = results.protocol
+    prepared = results.prepared
+    lines = [] if protocol.meaningful else [QUICK_NOTE]
+    return [
+        *lines,
+        f"Backbone: {backbone_parameters(results):,} parameters, {100 * prepared.backbone_accuracy:.1f} % right on "
+        f"{protocol.backbone.held_out} held-out images of {_span(protocol.seen_classes)}, then frozen.",
+        f"Accuracy: on {len(prepared.test)} held-out images of {_span(protocol.new_classes)} after tuning on "
+        f"{protocol.labelled}; mean ± standard deviation over {protocol.seeds} draws of these.",
+        f"Step: fastest of {protocol.timing_rounds} training steps on {protocol.timing_batch} images; "
+        "concat / fastprompt: how many times longer the same step takes with concatenated prompts.",
+        f"{results.environment['device']}; torch {results.environment['torch']}, timm "
+        f"{results.environment['timm']}; {results.seconds['total']:.0f} s in all.",
+    ]
+
+
+def markdown(results: Results) -> str:
+    """The table and what its numbers are."""
+    head = "| " + " | ".join(COLUMNS) + " |"
+    rule = "|" + "|".join(":--" if i < ALIGN_LEFT else "--:" for i in range(len(COLUMNS))) + "|"
+    body = ["| " + " | ".join(cells(row)) + " |" for row in results.rows]
+    return "\n".join([head, rule, *body, "", *(f"- {line}" for line in summary(results)), ""])
+
+
+def as_dict(results: Results) -> dict[str, Any]:
+    """Everything measured, for `results.json`."""
+    protocol = results.protocol
+    return {
+        "meaningful": protocol.meaningful,
+        "protocol": {
+            "seen_classes": list(protocol.seen_classes),
+            "new_classes": list(protocol.new_classes),
+            "labelled_images": protocol.labelled,
+            "held_out_images": len(results.prepared.test),
+            "draws": protocol.seeds,
+            "epochs": protocol.epochs,
+            "batch_size": protocol.batch_size,
+            "timing_batch": protocol.timing_batch,
+            "timing_rounds": protocol.timing_rounds,
+        },
+        "backbone": {
+            **asdict(protocol.backbone),
+            "parameters": backbone_parameters(results),
+            "accuracy": results.prepared.backbone_accuracy,
+            "losses": results.prepared.backbone_losses,
+        },
+        "methods": [_row_dict(row) for row in results.rows],
+        "environment": results.environment,
+        "seconds": results.seconds,
+    }
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    comparison = row.comparison
+    return {
+        "name": row.name,
+        "settings": row.settings,
+        "trained_parameters": row.trained_parameters,
+        "accuracy_mean": row.mean,
+        "accuracy_std": row.std,
+        "accuracies": row.accuracies,
+        "losses": row.losses,
+        "seconds": row.seconds,
+        "step_ms": row.step_ms,
+        "comparison": None if comparison is None else {**asdict(comparison), "ratio": comparison.ratio},
+    }
+
+
+def save(results: Results, out: Path) -> list[Path]:
+    """Write results.json, results.md and results.png into the folder `out`; returns their paths."""
+    from fastprompt.demo.figure import draw
+
+    paths = [out / "results.json", out / "results.md", out / "results.png"]
+    paths[0].write_text(json.dumps(as_dict(results), indent=2) + "\n", encoding="utf-8")
+    paths[1].write_text(markdown(results), encoding="utf-8")
+    draw(results).savefig(paths[2], dpi=110)
+    return paths
+
+
+def backbone_parameters(results: Results) -> int:
+    """How many parameters the backbone has, its head for the first classes included."""
+    return sum(p.numel() for p in results.prepared.backbone.parameters())
+
+
+def _span(classes: tuple[int, ...]) -> str:
+    if len(classes) > 1 and classes == tuple(range(classes[0], classes[-1] + 1)):
+        return f"the digits {classes[0]} to {classes[-1]}"
+    return "the digits " + ", ".join(map(str, classes))

@@ -10,6 +10,8 @@ OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 timm==1.0.26
 BUILD_TOOLS := 'scikit-build-core>=0.11' cmake ninja
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/include/*.h)
+# An editable install keeps a list of the packages that were there: a new one asks for a new install.
+PACKAGES := $(wildcard fastprompt/__init__.py fastprompt/*/__init__.py)
 
 # Two pytest workers at most, and no more threads in all than cores.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
@@ -61,7 +63,7 @@ $(1)/.fastprompt-packages: pyproject.toml
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) $$(BUILD_TOOLS)
 	touch $$@
 
-$(1)/.fastprompt-installed: $(1)/.fastprompt-packages $$(NATIVE_SOURCES)
+$(1)/.fastprompt-installed: $(1)/.fastprompt-packages $$(NATIVE_SOURCES) $$(PACKAGES)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	touch $$@
 endef

@@ -92,8 +92,8 @@ def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ())
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast would act on an operation on `tensor` (on the meta device there is none)."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,8 +28,9 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, floa
         step()
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
+    for i in range(rounds):
+        order = list(steps.items())
+        for name, step in order if i % 2 == 0 else reversed(order):
             start, start_cpu = time.perf_counter(), time.process_time()
             step()
             wall[name].append(1e3 * (time.perf_counter() - start))

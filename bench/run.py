@@ -1,6 +1,6 @@
 """The CPU measurements: VPT-Deep against concatenation, and what `replace_attention` alone costs.
 
-    python -m bench.run [--out DIR] [--rounds N] [--quick]
+    python -m bench.run [--out DIR] [--rounds N] [--suite NAME] [--quick]
 
 Correctness is checked before each number; a row whose check fails is an error and nothing is written.
 """
@@ -25,6 +25,7 @@ from bench import measure
 from bench.report import table
 from tests.concat_vpt import ConcatVPT
 
+SUITES = ("vpt-deep", "replace-attention")
 CLASSES = 100
 PROMPTS = (10, 50, 100)
 
@@ -105,6 +106,28 @@ def replace_rows(names: tuple[str, ...], size: int, batch: int, rounds: int) -> 
             }
 
 
+def measured(suite: str, rounds: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """The rows of one suite."""
+    if suite == "vpt-deep":
+        if quick:
+            return vpt_deep_rows("test_vit", 160, 2, 2, (10,))
+        return vpt_deep_rows("vit_base_patch16_224", 224, 8, rounds, PROMPTS)
+    if quick:
+        return replace_rows(("test_vit",), 160, 2, 2)
+    return replace_rows(("vit_small_patch16_224", "vit_base_patch16_224"), 224, 8, rounds)
+
+
+def kept_rows(path: Path, machine: dict[str, Any], suite: str | None) -> list[dict[str, Any]]:
+    """The rows of the other suites at `path`, if one suite is measured anew; they must come from the same set-up."""
+    if suite is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    changed = [k for k in machine if k != "commit" and before["machine"].get(k) != machine[k]]
+    if changed:
+        raise SystemExit(f"bench: {path} was measured with another {', '.join(changed)}; measure all suites")
+    return [row for row in before["rows"] if row["suite"] != suite]
+
+
 def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     F.cross_entropy(model(images), labels).backward()
@@ -134,32 +157,22 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument(
+        "--suite", choices=SUITES, help="measure this one anew and keep the rows of the other"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a tiny model and two rounds: checks the code, not speed"
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.quick:
-        rows = [
-            *vpt_deep_rows("test_vit", 160, 2, 2, (10,)),
-            *replace_rows(("test_vit",), 160, 2, 2),
-        ]
-    else:
-        rows = []
-        for row in (
-            row
-            for rows_of in (
-                vpt_deep_rows("vit_base_patch16_224", 224, 8, arguments.rounds, PROMPTS),
-                replace_rows(("vit_small_patch16_224", "vit_base_patch16_224"), 224, 8, arguments.rounds),
-            )
-            for row in rows_of
-        ):
-            rows.append(row)
-            print(
-                f"{row['suite']:<18} {row['model']:<22} {row['mode']:<14} measured",
-                file=sys.stderr,
-                flush=True,
-            )
-    result = {"machine": measure.machine(), "rows": rows}
+    machine = measure.machine()
+    rows = kept_rows(arguments.out / "results.json", machine, arguments.suite)
+    for suite in SUITES:
+        if arguments.suite not in (None, suite):
+            continue
+        for row in measured(suite, arguments.rounds, arguments.quick):
+            rows.append({**row, "commit": machine["commit"]})
+            print(f"{suite:<18} {row['model']:<22} {row['mode']:<14} measured", file=sys.stderr, flush=True)
+    result = {"machine": machine, "rows": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
     partial = arguments.out / "results.json.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,7 +21,7 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, timm {machine['timm']}, "
-        f"float32; interleaved minima of wall time, commit {machine['commit']}.",
+        f"float32; interleaved minima of wall time, {_commits(result['rows'])}.",
         "",
         "| VPT-Deep | prompts | step | time, ms | concatenation + SDPA, ms | speed-up | operations | bytes saved |",
         "|---|---|---|---|---|---|---|---|",
@@ -48,6 +48,13 @@ def table(result: dict[str, Any]) -> str:
         if row["suite"] == "replace-attention"
     ]
     return "\n".join(lines)
+
+
+def _commits(rows: list[dict[str, Any]]) -> str:
+    """Which suite was measured at which commit."""
+    return ", ".join(
+        f"{suite} at commit {commit}" for suite, commit in {r["suite"]: r["commit"] for r in rows}.items()
+    )
 
 
 def written(readme: str, result: dict[str, Any]) -> str:

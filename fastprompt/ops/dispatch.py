@@ -193,6 +193,11 @@ def _reasons(operation: str, *args: Any) -> str:
     return "\n".join(f"  {name}: {reason}" for name, reason in explain(operation, *args).items())
 
 
+def always(*args: Any) -> str | None:
+    """The `can_run` of an implementation that serves every call."""
+    return None
+
+
 def needs_device(tensor: torch.Tensor, device_type: str) -> str | None:
     """A reason unless `tensor` lies on `device_type`; the common first line of a `can_run`."""
     if tensor.device.type != device_type:

@@ -232,10 +232,6 @@ def _backward_cpu(
     return torch.ops.fastprompt_cpu.gated_blend_backward(grad, gate, difference, *rest)
 
 
-def _always(*args: Any) -> str | None:
-    return None
-
-
 def _can_run_cpu(x: Tensor, *args: Any) -> str | None:
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it serves float32, float64, bfloat16 and float16, not {x.dtype}"
@@ -245,5 +241,5 @@ def _can_run_cpu(x: Tensor, *args: Any) -> str | None:
 dispatch.register_availability("cpu", native.load, native.warn_missing_once)
 dispatch.register("gated_blend", "cpu", _forward_cpu, _can_run_cpu)
 dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_run_cpu)
-dispatch.register("gated_blend", "eager", _forward_eager, _always)
-dispatch.register("gated_blend_backward", "eager", _backward_eager, _always)
+dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
+dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)

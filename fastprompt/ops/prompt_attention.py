@@ -438,9 +438,5 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
         )
 
 
-def _always(*args: Any) -> str | None:
-    return None
-
-
-dispatch.register("prompt_attention", "eager", _forward_eager, _always)
-dispatch.register("prompt_attention_backward", "eager", _backward_eager, _always)
+dispatch.register("prompt_attention", "eager", _forward_eager, dispatch.always)
+dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)

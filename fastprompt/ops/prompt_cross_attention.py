@@ -359,9 +359,5 @@ def _backward_eager(
     return tuple(results)
 
 
-def _always(*args: Any) -> str | None:
-    return None
-
-
-dispatch.register("folded_cross_attention", "eager", _forward_eager, _always)
-dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, _always)
+dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
+dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)

@@ -185,9 +185,7 @@ def cross_attention(block: Any, x: Tensor, cross: Cross) -> Tensor:
     """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention."""
     if isinstance(cross.prompts, FoldedPrompts):
         return folded_cross_attention(x, cross.prompts)
-    weights = vit.adapters(block)[1].weights(block.attn)
-    if weights is None:
-        raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+    weights = vit.adapters(block)[1].plain_weights(block.attn)
     return direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
 
 

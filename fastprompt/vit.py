@@ -49,6 +49,13 @@ class AttentionAdapter:
             qb, _ = _split_bias(attn)
         return AttentionWeights(qw, qb, kw, kb, vw, vb, attn.proj.weight, attn.proj.bias)
 
+    def plain_weights(self, attn: Any) -> AttentionWeights:
+        """`weights` of a block that `prompt_reason` lets pass; raises TypeError for any other."""
+        weights = self.weights(attn)
+        if weights is None:
+            raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+        return weights
+
     def key_value_map(self, attn: Any) -> tuple[Tensor, Tensor | None]:
         """The map of keys and values as one Linear: weight [2·H·d, D], bias [2·H·d] or None."""
         inner = attn.qkv.weight.shape[0] // 3
@@ -77,9 +84,7 @@ class AttentionAdapter:
 
     def queries(self, attn: Any, x: Tensor) -> Tensor:
         """Rows without rotary position (prefix rows) [B, R, D] -> normed q [B, R, H, d]."""
-        weights = self.weights(attn)
-        if weights is None:
-            raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+        weights = self.plain_weights(attn)
         q = F.linear(x, weights.q_weight, weights.q_bias)
         return attn.q_norm(rearrange(q, "B R (H d) -> B R H d", H=attn.num_heads))
 

@@ -77,9 +77,7 @@ class CVPT(PromptMethod):
 
 
 def _prepare(attn: Any, prompts: Tensor, tokens: int | None) -> Any:
-    weights = vit.ATTENTION[type(attn)].weights(attn)
-    if weights is None:
-        raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+    weights = vit.ATTENTION[type(attn)].plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
     if choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
         return fold_prompts(prompts, weights, H, attn.scale)

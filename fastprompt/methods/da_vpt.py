@@ -198,9 +198,7 @@ def _view(block: Any, rows: Tensor, kind: str) -> Tensor:
     if kind in ("cls", "prompt"):
         return rows
     adapter, attention = vit.adapters(block)
-    weights = attention.weights(block.attn)
-    if weights is None:
-        raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
+    weights = attention.plain_weights(block.attn)
     h = adapter.attention_input(block, rows)
     if kind == "query":
         return F.linear(h, weights.q_weight, weights.q_bias)

@@ -6,7 +6,8 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 
 NEWEST := torch torchvision timm
-OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 timm==1.0.26
+# NumPy 2.4 refuses an int() that the interpreter of triton 3.6 relies on.
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 timm==1.0.26 'numpy<2.4'
 BUILD_TOOLS := 'scikit-build-core>=0.11' cmake ninja
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/include/*.h)

@@ -11,6 +11,9 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+if not torch.cuda.is_available():
+    # Read when the kernels are imported: without a GPU, the backend `triton` is their interpretation on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

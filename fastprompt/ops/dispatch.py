@@ -7,9 +7,10 @@ A backend is a set of implementations of the operations in this folder:
 - ``cpu``:    C++ kernels of the compiled extension, for CPU tensors.
 - ``eager``:  PyTorch's own operators; serves every device and is the fallback of ``auto``.
 
-``auto`` takes the first backend of that list that can run the call. A backend asked for by name never falls back:
-it runs, or it raises with its reason. The request comes from, in this order, the ``backend`` argument of an
-operation (or of :func:`fastprompt.replace_attention`), :func:`use_backend`, the variable ``FASTPROMPT_BACKEND``.
+``auto`` takes the first backend of that list that can run the call, Triton's interpreter excepted. A backend asked for
+by name never falls back: it runs, or it raises with its reason. The request comes from, in this order, the ``backend``
+argument of an operation (or of :func:`fastprompt.replace_attention`), :func:`use_backend`, the variable
+``FASTPROMPT_BACKEND``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class BackendTable(tuple[Backend, ...]):
 _implementations: dict[str, dict[str, Implementation]] = {}
 _availability: dict[str, Callable[[], str | None]] = {}
 _missed: dict[str, Callable[[], None]] = {}
+_automatic: dict[str, Callable[[], bool]] = {}
 
 
 def register(
@@ -73,15 +75,21 @@ def register(
 
 
 def register_availability(
-    backend: str, reason: Callable[[], str | None], missed: Callable[[], None] | None = None
+    backend: str,
+    reason: Callable[[], str | None],
+    missed: Callable[[], None] | None = None,
+    automatic: Callable[[], bool] | None = None,
 ) -> None:
     """Say how to find out whether `backend` works in this process at all: None, or the reason why not.
 
-    `missed` is called when "auto" would have taken the backend and it is not there.
+    `missed` is called when "auto" would have taken the backend and it is not there. `automatic` says whether "auto" may
+    take it; without one, it may.
     """
     _availability[backend] = reason
     if missed is not None:
         _missed[backend] = missed
+    if automatic is not None:
+        _automatic[backend] = automatic
 
 
 def backends() -> BackendTable:
@@ -145,7 +153,9 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Implementatio
         return backend, _implementations[operation][backend]
     for name in BACKENDS:
         implementation = _implementations[operation].get(name)
-        if implementation is None or implementation.can_run(*args) is not None:
+        if implementation is None or not _automatic.get(name, _always_automatic)():
+            continue
+        if implementation.can_run(*args) is not None:
             continue
         if _unavailable(name) is None:
             return name, implementation
@@ -165,9 +175,13 @@ def why_missing(operation: str, backend: str) -> str | None:
     return _unavailable(backend)
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
 def only_eager(operation: str) -> bool:
-    """Whether no backend but `eager` has a kernel for `operation` in this process."""
-    return all(name == "eager" or _unavailable(name) is not None for name in _implementations[operation])
+    """Whether "auto" can serve `operation` by no backend but `eager` in this process."""
+    return not any(
+        name != "eager" and _automatic.get(name, _always_automatic)() and _unavailable(name) is None
+        for name in _implementations[operation]
+    )
 
 
 def explain(operation: str, *args: Any) -> dict[str, str | None]:
@@ -182,6 +196,10 @@ def run(operation: str, backend: str, *args: Any) -> Any:
 
 def _say_nothing() -> None:
     pass
+
+
+def _always_automatic() -> bool:
+    return True
 
 
 def _unavailable(backend: str) -> str | None:

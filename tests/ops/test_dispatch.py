@@ -35,10 +35,17 @@ class Recorder:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Add kernels for the time of one test: `registry(backend, operation, reason)` gives a Recorder."""
-    own = {operation: dict(by_backend) for operation, by_backend in dispatch._implementations.items()}
+    """Add kernels for the time of one test: `registry(backend, operation, reason)` gives a Recorder.
+
+    The kernels of `triton` and `cuda` are not there.
+    """
+    own = {
+        operation: {name: kernel for name, kernel in by_backend.items() if name in ("cpu", "eager")}
+        for operation, by_backend in dispatch._implementations.items()
+    }
     monkeypatch.setattr(dispatch, "_implementations", own)
     monkeypatch.setattr(dispatch, "_availability", dict(dispatch._availability))
+    monkeypatch.setattr(dispatch, "_automatic", {})
     monkeypatch.setattr(dispatch, "_request", "auto")
 
     def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:

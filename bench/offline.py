@@ -1,0 +1,131 @@
+"""Compile every Triton kernel for GPUs that need not be there, and read its machine code.
+
+    python -m bench.offline [--arch 80 90 100] [--module offline_<operation>] [--only NAME] [--json FILE]
+
+One line a kernel; the exit status is 1 if any has a stack, spills, more shared memory than the card or, where Hopper or
+Blackwell have matrix instructions of their own, products large enough for them that do not use them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+
+from bench.sass import Machine, read
+from fastprompt.kernels.triton import launch
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: what was launched, with which constants, and what the compiler made of it."""
+
+    arch: int
+    kernel: str
+    shape: str
+    dtype: str
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+    machine: Machine
+    fault: str | None
+
+    def __str__(self) -> str:
+        m = self.machine
+        matrix = " ".join(f"{name}:{count}" for name, count in m.matrix.items()) or "-"
+        tiles = " ".join(
+            f"{k}={v}" for k, v in self.constants.items() if k[:5] in ("BLOCK", "KEYS") or k[0] in "CDT"
+        )
+        return (
+            f"sm_{self.arch:<3} {self.kernel:<42} {self.shape:<28} w{self.num_warps} s{self.num_stages} "
+            f"{m.registers:>3} regs {m.shared / 1024:6.1f} KB {m.instructions:>5} instr {matrix:<14} {tiles}"
+            + (f"  FAULT: {self.fault}" if self.fault else "")
+        )
+
+
+def modules() -> list[str]:
+    """The modules `bench.offline_<operation>`, each with what to compile of its operation."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("offline_*.py"))
+
+
+def compile_all(arch: int, names: list[str], only: str = "") -> Iterator[Row]:
+    """Compile what the modules `names` launch for `arch`; a kernel with the same constants and dtypes counts once."""
+    seen: set[tuple[object, ...]] = set()
+    for module in names:
+        with launch.compiling(arch) as compiled:
+            for shape, call in importlib.import_module(f"bench.{module}").launches():
+                call()
+                for found in compiled:
+                    key = (found.name, found.kernel.hash)
+                    if key in seen or only not in found.name:
+                        continue
+                    seen.add(key)
+                    machine = read(found)
+                    fault = machine.fault(arch) or _slow_products(arch, found, machine)
+                    yield Row(
+                        arch,
+                        found.name,
+                        shape,
+                        _dtype(found),
+                        found.constants,
+                        found.num_warps,
+                        found.num_stages,
+                        machine,
+                        fault,
+                    )
+                compiled.clear()
+
+
+def _dtype(found: launch.Compiled) -> str:
+    """What the kernel's first pointer points to: its input's dtype."""
+    return next(kind[1:] for kind in found.kernel.src.signature.values() if kind.startswith("*"))
+
+
+def _slow_products(arch: int, found: launch.Compiled, machine: Machine) -> str | None:
+    """Warp-level products where the architecture has better ones: only tiles of fewer than 64 rows may use them."""
+    if arch == 90 and machine.matrix.get("HMMA") and "HGMMA" not in machine.matrix:
+        return (
+            None
+            if found.constants.get("BLOCK_M", 64) < 64 and "KEYS" not in found.constants
+            else "HMMA on Hopper"
+        )
+    if arch == 100 and machine.matrix.get("HMMA") and "UTCHMMA" not in machine.matrix:
+        return None if found.constants.get("BLOCK_M", 64) < 64 else "HMMA on Blackwell"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--module", choices=modules(), nargs="+", default=modules())
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        print("TRITON_INTERPRET is set, so there is nothing to compile; unset it", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
+    print(f"triton {triton.__version__}")
+    rows = []
+    for arch in options.arch:
+        for row in compile_all(arch, options.module, options.only):
+            print(row, flush=True)
+            rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    faults = [row for row in rows if row.fault]
+    print(f"{len(rows)} kernels, {len(faults)} with faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

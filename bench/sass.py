@@ -1,0 +1,65 @@
+"""What a compiled kernel costs, read off its machine code: registers, stack, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+from fastprompt.kernels.triton.launch import Compiled
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory that one program may have, by compute capability.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Warp-level products, Hopper's warpgroup products, Blackwell's fifth-generation ones.
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One kernel's machine code: `spills` counts local loads and stores, `matrix` matrix instructions by name."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: int
+    matrix: dict[str, int]
+
+    def fault(self, arch: int) -> str | None:
+        """Why this code must not ship for `arch`, or None."""
+        if self.stack or self.spills:
+            return f"{self.stack} bytes of stack and {self.spills} local loads and stores"
+        if self.shared > SHARED_LIMIT[arch]:
+            return f"{self.shared} bytes of shared memory, of {SHARED_LIMIT[arch]}"
+        return None
+
+
+def read(compiled: Compiled) -> Machine:
+    """Disassemble `compiled` with the tools of Triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no registers for {compiled.name}:\n{usage}")
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE))
+    return Machine(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=opcodes["LDL"] + opcodes["STL"],
+        shared=compiled.kernel.metadata.shared,
+        instructions=sum(opcodes.values()),
+        matrix={name: opcodes[name] for name in MATRIX if opcodes[name]},
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout

@@ -45,8 +45,8 @@ def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None
             options["is_causal"] = True
         return _original(attn).forward(attn, x, **options)
     adapter = vit.ATTENTION[type(attn)]
-    q, k, v = adapter.qkv(attn, x, rope)
-    return adapter.finish(attn, vit.attend(attn, q, k, v, backend=getattr(attn, _BACKEND)), x)
+    out = vit.self_attend(attn, x, rope=rope, backend=getattr(attn, _BACKEND))
+    return adapter.finish(attn, out, x)
 
 
 def _own_path_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> str | None:

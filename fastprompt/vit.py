@@ -17,7 +17,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from fastprompt.ops import AttentionWeights, dispatch, prompt_attention
+from fastprompt.ops import AttentionWeights, dispatch, packed_prompt_attention, prompt_attention
 
 # Set on an attention whose packed bias trains in its key and value parts alone (DA-VPT).
 FROZEN_QUERY_BIAS = "_fastprompt_frozen_query_bias"
@@ -32,12 +32,24 @@ class AttentionAdapter:
             return f"grouped-query attention ({attn.num_heads} query heads on {attn.num_kv_heads} key heads)"
         return None
 
-    def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, D] -> q, k, v [B, N, H, d], views of one packed tensor."""
+    def packed(self, attn: Any, x: Tensor) -> Tensor | None:
+        """x [B, N, D] -> q, k and v as one tensor [B, N, 3, H, d]; None where three maps make them."""
         if getattr(attn, FROZEN_QUERY_BIAS, False):
             q_bias, kv_bias = _split_bias(attn)
-            return _unpack(attn, F.linear(x, attn.qkv.weight, torch.cat((q_bias, kv_bias))))
-        return _unpack(attn, attn.qkv(x))
+            return _unflatten(attn, F.linear(x, attn.qkv.weight, torch.cat((q_bias, kv_bias))))
+        return _unflatten(attn, attn.qkv(x))
+
+    def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D] -> q, k, v [B, N, H, d], neither normed nor rotated."""
+        packed = self.packed(attn, x)
+        if packed is not None:
+            q, k, v = packed.unbind(2)
+        else:
+            split = "B N (H d) -> B N H d"
+            q, k, v = (
+                rearrange(f(x), split, H=attn.num_heads) for f in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+        return q, k, v
 
     def weights(self, attn: Any) -> AttentionWeights | None:
         """The four maps, views of the module's own parameters; None where they are not plain Linear layers."""
@@ -104,12 +116,8 @@ class AttentionAdapter:
 class RopeAttentionAdapter(AttentionAdapter):
     """timm's `AttentionRope`: packed or separate maps, each with its own bias."""
 
-    def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if attn.qkv is not None:
-            return super().project(attn, x)
-        split = "B N (H d) -> B N H d"
-        q, k, v = (rearrange(f(x), split, H=attn.num_heads) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
-        return q, k, v
+    def packed(self, attn: Any, x: Tensor) -> Tensor | None:
+        return None if attn.qkv is None else super().packed(attn, x)
 
     def weights(self, attn: Any) -> AttentionWeights | None:
         if attn.qkv is not None:
@@ -130,15 +138,15 @@ class RopeAttentionAdapter(AttentionAdapter):
 class EvaAttentionAdapter(RopeAttentionAdapter):
     """timm's `EvaAttention`: packed maps without bias plus separate q and v biases (k's is zero), or separate maps."""
 
-    def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def packed(self, attn: Any, x: Tensor) -> Tensor | None:
         if attn.qkv is None or attn.q_bias is None:
-            return super().project(attn, x)
+            return super().packed(attn, x)
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         if attn.qkv_bias_separate or not _plain(attn.qkv):
             packed = attn.qkv(x) + bias
         else:
             packed = F.linear(x, attn.qkv.weight, bias)
-        return _unpack(attn, packed)
+        return _unflatten(attn, packed)
 
     def weights(self, attn: Any) -> AttentionWeights | None:
         packed = super().weights(attn)
@@ -381,15 +389,43 @@ def attend(
     backend: str = dispatch.AUTO,
 ) -> Tensor:
     """`prompt_attention` at the scale of `attn`; refuses active attention dropout rather than dropping it."""
+    _refuse_dropout(attn)
+    prompt_k, prompt_v = prompts if prompts is not None else (None, None)
+    return prompt_attention(
+        q, k, v, prompt_k, prompt_v, scale=attn.scale, temperature=temperature, backend=backend
+    )
+
+
+def self_attend(
+    attn: Any,
+    x: Tensor,
+    prompts: tuple[Tensor, Tensor] | None = None,
+    temperature: Tensor | None = None,
+    rope: Tensor | None = None,
+    extra_prefix: int = 0,
+    backend: str = dispatch.AUTO,
+) -> Tensor:
+    """The attention of the rows x [B, N, D] over themselves and prompts -> [B, N, H, d], before `finish`.
+
+    Packed queries, keys and values stay packed unless norm or rotation acts on them; see `qkv` for the rest.
+    """
+    adapter = ATTENTION[type(attn)]
+    packed = adapter.packed(attn, x) if adapter.folds(attn, rope is not None) else None
+    if packed is None:
+        return attend(attn, *adapter.qkv(attn, x, rope, extra_prefix), prompts, temperature, backend)
+    _refuse_dropout(attn)
+    prompt_k, prompt_v = prompts if prompts is not None else (None, None)
+    return packed_prompt_attention(
+        packed, prompt_k, prompt_v, scale=attn.scale, temperature=temperature, backend=backend
+    )
+
+
+def _refuse_dropout(attn: Any) -> None:
     if drops_attention(attn):
         raise NotImplementedError(
             f"attention dropout {attn.attn_drop.p} is active, and dropout on attention weights is not served; "
             "set `attn_drop` to 0 or put the block into eval mode"
         )
-    prompt_k, prompt_v = prompts if prompts is not None else (None, None)
-    return prompt_attention(
-        q, k, v, prompt_k, prompt_v, scale=attn.scale, temperature=temperature, backend=backend
-    )
 
 
 def mlp_hidden(mlp: Any, x: Tensor) -> Tensor:
@@ -404,10 +440,9 @@ def mlp_hidden(mlp: Any, x: Tensor) -> Tensor:
     return mlp.norm(mlp.drop1(hidden))
 
 
-def _unpack(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N, 3·H·d] -> three views [B, N, H, d]."""
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-    return q, k, v
+def _unflatten(attn: Any, qkv: Tensor) -> Tensor:
+    """[B, N, 3·H·d] -> [B, N, 3, H, d]."""
+    return qkv.unflatten(-1, (3, attn.num_heads, -1))
 
 
 def _split_bias(attn: Any) -> tuple[Tensor, Tensor]:

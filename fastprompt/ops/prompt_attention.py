@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.registration import (
     accumulation_dtype,
     autocast,
@@ -62,18 +62,16 @@ def prompt_attention(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
-        IndexError: a `prompt_index` outside the table (CPU; on a GPU, a device-side assertion).
+        IndexError: a `prompt_index` outside the table (CPU; on a GPU NaN for that image, or a device-side assertion).
         NotImplementedError: `backend` names one that cannot serve this call.
     """
-    _check(q, k, v, prompt_k, prompt_v, temperature, prompt_index)
+    check_attention(q, k, v, prompt_k, prompt_v, temperature, prompt_index)
     if prompt_k is not None and prompt_k.shape[-3] == 0:
         prompt_k = prompt_v = prompt_index = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = dispatch.requested(backend)
-    if prompt_k is None and temperature is None and backend == dispatch.AUTO and _is_plain(q):
-        # Attention without prompts, and no kernel of ours: PyTorch's own operator, with nothing around it.
-        q, k, v = _heads_first(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    if prompt_k is None and temperature is None and is_plain(q, backend):
+        return plain_attention(q, k, v, scale)
     arguments = (q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
     out, _ = torch.ops.fastprompt.prompt_attention(*arguments, backend)
     return out
@@ -119,7 +117,7 @@ def _all_keys(image: Tensor, prompt: Tensor | None, index: Tensor | None) -> Ten
 # The operator ---------------------------------------------------------------------------------------------------
 
 
-def _check(
+def check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -224,7 +222,7 @@ def _flops_backward(grad: Any, q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any
     B, Nq, H, d = q
     P = prompt_k[-3] if prompt_k else 0
     product = 2 * B * Nq * H * d
-    if not _needs_image_keys(needs):
+    if not needs_image_keys(needs):
         return product * P * (1 + needs[4] + 2 * needs[3])
     # Scores, d(weights), and one product for each of dq, dk, dv.
     return (
@@ -254,7 +252,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend = scale, backend
-    if not _needs_image_keys(ctx.needs_input_grad):
+    if not needs_image_keys(ctx.needs_input_grad):
         k = v = k.new_empty((k.shape[0], 0, *k.shape[2:]))
     ctx.save_for_backward(q, k, v, *tensors, out, lse)
 
@@ -283,7 +281,7 @@ autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 # products 34 and the float32 backward 17, casts not counted: the backward always runs in float32 or better.
 
 
-def _forward_eager(
+def forward_eager(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -325,17 +323,40 @@ def _backward_eager(
     scale: float,
     needs: list[bool],
 ) -> _Gradients:
-    wide = accumulation_dtype(q.dtype)
     inputs = (q, k, v, prompt_k, prompt_v, temperature)
+    gradients = gradients_eager(grad, *inputs, prompt_index, out, lse, scale, needs)
+    # An operator's outputs may not share memory: each gradient that nobody needs is a tensor of its own.
+    return tuple(  # type: ignore[return-value]
+        q.new_empty(0) if x is None or g is None else g.to(x.dtype).contiguous()
+        for g, x in zip(gradients, inputs, strict=True)
+    )
+
+
+def gradients_eager(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    temperature: Tensor | None,
+    prompt_index: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """The gradients that are needed, in the accumulation dtype and in whatever strides they were made."""
+    wide = accumulation_dtype(q.dtype)
     grad, q, k, v, out = (x.to(wide) for x in (grad, q, k, v, out))
     if prompt_k is not None and prompt_v is not None:
         prompt_k, prompt_v = prompt_k.to(wide), prompt_v.to(wide)
-    if not _needs_image_keys(needs):
+    if not needs_image_keys(needs):
         # Nothing before this block trains: the prompt columns alone, [B, H, Nq, P].
         keys, values = (_all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v)))
     else:
         keys, values = _all_keys(k, prompt_k, prompt_index), _all_keys(v, prompt_v, prompt_index)
-    if _needs_image_keys(needs) and _flash_serves(q, keys):
+    if needs_image_keys(needs) and _flash_serves(q, keys):
         dq, dkeys, dvalues = (
             x.transpose(1, 2)
             for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -357,11 +378,7 @@ def _backward_eager(
     if needs[5] and temperature is not None:
         # Scores are linear in q, so that sum(q · dq) is the sum of score · d(score), and score ~ 1 / temperature.
         results[5] = -(q * dq).sum().reshape(temperature.shape) / temperature
-    # An operator's outputs may not share memory: each gradient that nobody needs is a tensor of its own.
-    return tuple(  # type: ignore[return-value]
-        inputs[0].new_empty(0) if x is None or r is None else r.to(x.dtype).contiguous()
-        for r, x in zip(results, inputs, strict=True)
-    )
+    return results
 
 
 def _backward_by_products(
@@ -403,14 +420,20 @@ def _reduce_prompts(gradient: Tensor, prompt: Tensor, index: Tensor | None) -> T
     return gradient.sum(0) if prompt.ndim == 3 else gradient
 
 
-def _needs_image_keys(needs: Sequence[bool]) -> bool:
+def needs_image_keys(needs: Sequence[bool]) -> bool:
     """Whether any gradient needs the image columns of the softmax; d(prompt_k) and d(prompt_v) do not."""
     return needs[0] or needs[1] or needs[2] or needs[5]
 
 
-def _is_plain(q: Tensor) -> bool:
-    """Whether `auto` would serve q by `eager`, so that PyTorch's SDPA with its own gradient is the shorter way."""
-    return q.numel() > 0 and dispatch.only_eager("prompt_attention")
+def is_plain(q: Tensor, backend: str) -> bool:
+    """Whether attention without prompts is served by no kernel of ours, so that PyTorch's own is the shorter way."""
+    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.only_eager("prompt_attention")
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's own operator, with its own gradient and nothing around it: [B, Nq, H, d]."""
+    q, k, v = _heads_first(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
 def _flash_serves(q: Tensor, keys: Tensor) -> bool:
@@ -438,5 +461,7 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
         )
 
 
-dispatch.register("prompt_attention", "eager", _forward_eager, dispatch.always)
+triton_backend.serve("prompt_attention", "prompt_attention", "forward")
+triton_backend.serve("prompt_attention_backward", "prompt_attention", "backward")
+dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
 dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)

@@ -6,15 +6,37 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from numerics import backends_of
+from numerics import backends_of, dtypes_of
 
 from fastprompt.ops import dispatch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `backend` says in its module's OPERATION whose backends those are."""
+    """A test that takes `backend` says in its module's OPERATION whose backends those are (WITHOUT: all but these)."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends_of(metafunc.module.OPERATION), indirect=True)
+        without = getattr(metafunc.module, "WITHOUT", ())
+        names = [name for name in backends_of(metafunc.module.OPERATION) if name not in without]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a backend does not compute in: a test of each such refusal is enough."""
+    refused = []
+    for item in items:
+        given = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
+        if "backend" in given and given.get("dtype", torch.float32) not in dtypes_of(given["backend"]):
+            refused.append(item)
+    if refused:
+        config.hook.pytest_deselected(items=refused)
+        items[:] = [item for item in items if item not in set(refused)]
+
+
+@pytest.fixture
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that the backend computes in."""
+    return dtypes_of(backend)[0]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from fastprompt.ops import (
 )
 
 OPERATION = "prompt_attention"
+WITHOUT = ("triton",)  # autocast on a CPU computes in bfloat16, which Triton serves on GPUs alone
 SMALL = Shape(B=2, Nq=3, N=4, P=2, d=8)
 
 

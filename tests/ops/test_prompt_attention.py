@@ -108,11 +108,11 @@ def test_output_and_gradients_are_contiguous(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_table_rows_nobody_uses_get_no_gradient_and_shared_ones_get_the_sum(
-    backend: str, device: str, index_dtype: torch.dtype
+    backend: str, device: str, widest: torch.dtype, index_dtype: torch.dtype
 ) -> None:
-    inputs = draw(Shape(B=4, kind="table"), torch.float64, device)
+    inputs = draw(Shape(B=4, kind="table"), widest, device)
     inputs["prompt_index"] = torch.tensor([3, 1, 3, 3], dtype=index_dtype, device=device)
-    cotangent = torch.randn(4, 11, 2, 32, dtype=torch.float64, device=device)
+    cotangent = torch.randn(4, 11, 2, 32, dtype=widest, device=device)
     table = evaluate(prompt_attention, inputs, cotangent)
     rows = inputs["prompt_index"].long()
     per_image = {n: x[rows] if n.startswith("prompt_") and x is not None else x for n, x in inputs.items()}
@@ -124,9 +124,9 @@ def test_table_rows_nobody_uses_get_no_gradient_and_shared_ones_get_the_sum(
         torch.testing.assert_close(table[name][3], own[name][[0, 2, 3]].sum(0))
 
 
-def test_shared_prompts_get_the_sum_over_images(backend: str, device: str) -> None:
-    inputs = draw(Shape(), torch.float64, device)
-    cotangent = torch.randn(3, 11, 2, 32, dtype=torch.float64, device=device)
+def test_shared_prompts_get_the_sum_over_images(backend: str, device: str, widest: torch.dtype) -> None:
+    inputs = draw(Shape(), widest, device)
+    cotangent = torch.randn(3, 11, 2, 32, dtype=widest, device=device)
     shared = evaluate(prompt_attention, inputs, cotangent)
     copies = {
         n: x.expand(3, -1, -1, -1) if n.startswith("prompt_") and x is not None else x
@@ -166,10 +166,10 @@ SUBSETS = [set(names) for size in range(1, 7) for names in combinations(TENSORS,
 @pytest.mark.parametrize("kind", ["shared", "table"])
 @pytest.mark.parametrize("trainable", SUBSETS, ids=["+".join(sorted(names)) for names in SUBSETS])
 def test_each_subset_of_inputs_gets_its_gradients_and_no_others(
-    backend: str, device: str, trainable: set[str], kind: str
+    backend: str, device: str, widest: torch.dtype, trainable: set[str], kind: str
 ) -> None:
-    inputs = draw(Shape(B=2, Nq=5, N=3, P=2, d=8, kind=kind), torch.float64, device)
-    cotangent = torch.randn(2, 5, 2, 8, dtype=torch.float64, device=device)
+    inputs = draw(Shape(B=2, Nq=5, N=3, P=2, d=8, kind=kind), widest, device)
+    cotangent = torch.randn(2, 5, 2, 8, dtype=widest, device=device)
     want = evaluate(prompt_attention_reference, inputs, cotangent, trainable)
     assert_close(evaluate(prompt_attention, inputs, cotangent, trainable), want)
 

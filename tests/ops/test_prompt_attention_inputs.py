@@ -181,14 +181,14 @@ def test_very_large_scores_do_not_overflow(backend: str, device: str, dtype: tor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_prompts_is_attention(backend: str, device: str, kind: str) -> None:
-    inputs = draw(Shape(P=0, kind=kind), torch.float64, device)
+def test_no_prompts_is_attention(backend: str, device: str, widest: torch.dtype, kind: str) -> None:
+    inputs = draw(Shape(P=0, kind=kind), widest, device)
     want = prompt_attention(inputs["q"], inputs["k"], inputs["v"], temperature=inputs["temperature"])  # type: ignore[arg-type]
     torch.testing.assert_close(prompt_attention(**inputs), want, rtol=0, atol=0)
 
 
-def test_equal_scores_give_the_mean_of_all_values(backend: str, device: str) -> None:
-    inputs = draw(Shape(), torch.float64, device)
+def test_equal_scores_give_the_mean_of_all_values(backend: str, device: str, widest: torch.dtype) -> None:
+    inputs = draw(Shape(), widest, device)
     inputs["q"] = torch.zeros_like(inputs["q"])  # type: ignore[arg-type]
     v, prompt_v = inputs["v"], inputs["prompt_v"]
     assert v is not None

@@ -1,0 +1,428 @@
+"""Launchers of prompt-augmented attention: which kernel serves a call, with which tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton.prompt_attention_bwd import (
+    prompt_attention_bwd_delta_kernel,
+    prompt_attention_bwd_dkdv_kernel,
+    prompt_attention_bwd_dq_kernel,
+    prompt_attention_bwd_resident_kernel,
+    prompt_attention_bwd_sum_kernel,
+)
+from fastprompt.kernels.triton.prompt_attention_config import Config, choose, head_pieces, key_pieces, tail
+from fastprompt.kernels.triton.prompt_attention_fwd import (
+    prompt_attention_fwd_kernel,
+    prompt_attention_fwd_resident_kernel,
+)
+
+MAX_HEAD_DIM = 128
+MAX_PROMPT_SETS = 65535  # the second axis of a grid
+DELTA_ROWS = 64
+SUM_ROWS, SUM_COLUMNS = 32, 128
+
+
+def can_forward(q: Tensor, *args: Any) -> str | None:
+    """The reason why the kernels do not serve q [B, Nq, H, d], or None."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"it serves head_dim up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
+    return launch.cannot_serve(q)
+
+
+def can_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
+) -> str | None:
+    """As :func:`can_forward`, for the gradients."""
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
+        return f"it serves up to {MAX_PROMPT_SETS} prompt sets, not {prompt_k.shape[0]}"
+    return can_forward(q)
+
+
+def can_packed_forward(qkv: Tensor, *args: Any) -> str | None:
+    """As :func:`can_forward`, for qkv [B, N, 3, H, d]."""
+    return can_forward(qkv)
+
+
+def can_packed_backward(grad: Tensor, qkv: Tensor, prompt_k: Tensor | None, *args: Any) -> str | None:
+    """As :func:`can_backward`, for qkv [B, N, 3, H, d]."""
+    return can_backward(grad, qkv, qkv, qkv, prompt_k)
+
+
+def packed_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As :func:`forward`, for qkv [B, N, 3, H, d]."""
+    q, k, v = qkv.unbind(2)
+    return forward(q, k, v, *rest)
+
+
+def packed_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    temperature: Tensor | None,
+    prompt_index: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """As :func:`backward`, with the gradients of q, k and v written into one tensor [B, N, 3, H, d]."""
+    need_qkv, *others = needs
+    q, k, v = qkv.unbind(2)
+    packed = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
+    dq, dk, dv = packed.unbind(2) if need_qkv else (packed, packed, packed)
+    if not (need_qkv or needs[3]):
+        # Only prompts train: the image's columns of the softmax are not needed.
+        k, v = k[:, :0], v[:, :0]
+    inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
+    return (packed, *_backward(inputs, grad, out, lse, [need_qkv] * 3 + others, dq, dk, dv))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    temperature: Tensor | None,
+    prompt_index: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Nq, H, d], contiguous, and the natural LSE [B, H, Nq] in float32."""
+    B, Nq, H, d = q.shape
+    out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Nq), dtype=torch.float32, device=q.device)
+    inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
+    arguments = inputs.arguments(out)
+    arguments.update(p_out=out, p_lse=lse, **_strides("o", "m", out))
+    config = choose("fwd", launch.architecture(q.device), d, Nq, inputs.keys, q.element_size() * 8)
+    assert config is not None
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.block_n:
+        launch.launch(
+            prompt_attention_fwd_kernel,
+            (B * H * _cdiv(Nq, config.block_m),),
+            q.device,
+            **arguments,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            **_tail(q, inputs.keys, config.block_n),
+            **options,
+        )
+    else:
+        rows = _rows_of_a_program(Nq, config.block_m, B * H, q.device)
+        first, second, third = key_pieces(inputs.keys)
+        launch.launch(
+            prompt_attention_fwd_resident_kernel,
+            (B * H * _cdiv(Nq, rows),),
+            q.device,
+            **arguments,
+            tile_rows=rows,
+            BLOCK_M=config.block_m,
+            C0=first,
+            C1=second,
+            C2=third,
+            **options,
+        )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    temperature: Tensor | None,
+    prompt_index: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, prompt_k, prompt_v and temperature; those that `needs` does not ask for are empty.
+
+    Of k and v no rows need be there (N = 0) where only prompts train.
+    """
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else x.new_empty(0)
+        for x, need in zip((q, k, v), needs, strict=False)
+    )
+    inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
+    return (dq, dk, dv, *_backward(inputs, grad, out, lse, needs, dq, dk, dv))
+
+
+class _Inputs:
+    """The operands of all kernels, as they want them, and what is read off their shapes."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt_k: Tensor | None,
+        prompt_v: Tensor | None,
+        temperature: Tensor | None,
+        prompt_index: Tensor | None,
+        scale: float,
+    ) -> None:
+        self.q, self.k, self.v = (_dense_rows(x) for x in (q, k, v))
+        self.temperature, self.scale = temperature, scale
+        self.prompt_index = None if prompt_index is None else prompt_index.contiguous()
+        self.P = 0 if prompt_k is None else prompt_k.shape[-3]
+        # Without prompts nothing is read there; the pointers must be of the type of the keys'.
+        self.prompt_k = self.k[:, :0] if prompt_k is None else _dense_rows(prompt_k)
+        self.prompt_v = self.v[:, :0] if prompt_v is None else _dense_rows(prompt_v)
+        self.keys = self.k.shape[1] + self.P
+
+    @property
+    def shared(self) -> bool:
+        """Whether images have prompts in common, so that their gradients are sums."""
+        return self.prompt_k.ndim == 3 or self.prompt_index is not None
+
+    def arguments(self, *others: Tensor) -> dict[str, Any]:
+        """What every kernel takes; `others` are read or written by rows too."""
+        _, Nq, H, d = self.q.shape
+        tensors = (self.q, self.k, self.v, self.prompt_k, self.prompt_v)
+        first, second = head_pieces(d)
+        return {
+            "p_q": self.q,
+            "p_k": self.k,
+            "p_v": self.v,
+            "p_pk": self.prompt_k,
+            "p_pv": self.prompt_v,
+            "p_index": self.prompt_index,
+            "p_temperature": self.temperature,
+            "scale": self.scale,
+            "Nq": Nq,
+            "N": self.k.shape[1],
+            "P": self.P,
+            "T": self.prompt_k.shape[0],
+            "H": H,
+            **_strides("q", "m", self.q),
+            **_strides("k", "n", self.k),
+            **_strides("v", "n", self.v),
+            **_strides("pk", "n", self.prompt_k),
+            **_strides("pv", "n", self.prompt_v),
+            "HEAD_DIM": d,
+            "D0": first,
+            "D1": second,
+            "HAS_INDEX": self.prompt_index is not None,
+            "HAS_TEMPERATURE": self.temperature is not None,
+            "ALIGNED": all(_aligned(x) for x in (*tensors, *others)),
+            "PRECISION": launch.input_precision(),
+        }
+
+
+def _backward(
+    inputs: _Inputs,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill those of dq, dk and dv that are needed; returns d(prompt_k), d(prompt_v) and d(temperature)."""
+    q, P, device = inputs.q, inputs.P, inputs.q.device
+    B, Nq, H, d = q.shape
+    grad, out = _dense_rows(grad), _dense_rows(out)
+    need_q, need_temperature = needs[0], needs[5] and inputs.temperature is not None
+    image, prompt = needs[1] or needs[2], P > 0 and (needs[3] or needs[4])
+    need_k, need_v = needs[1] or (prompt and needs[3]), needs[2] or (prompt and needs[4])
+    nothing = q.new_empty(0)
+
+    def find(kernel: Any) -> Config | None:
+        return choose(kernel, launch.architecture(device), d, Nq, inputs.keys, q.element_size() * 8)
+
+    config = find("bwd")
+    everything = need_q and needs[1] and needs[2] and (P == 0 or not prompt or (needs[3] and needs[4]))
+    resident = config is not None and everything and launch.multiprocessors(device) <= B * H
+
+    # What is not needed but computed beside something that is goes to scratch.
+    if image and need_k and not needs[1]:
+        dk = torch.empty_like(inputs.k, memory_format=torch.contiguous_format)
+    if image and need_v and not needs[2]:
+        dv = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if inputs.shared else q.dtype
+    partial_k, partial_v = (
+        torch.empty((B, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
+        for need in (need_k, need_v)
+    )
+    sized = dk if dk.numel() else dv
+    partial = partial_k if partial_k.numel() else partial_v
+    padded = _cdiv(Nq, 128) * 128
+    delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
+    arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
+    arguments.update(p_do=grad, p_lse2=lse2, p_delta=delta, padded=padded, **_strides("do", "m", grad))
+    to_queries = {"p_dq": dq, **_strides("dq", "m", dq)}
+    to_keys = {"p_dk": dk, "p_dv": dv, **_strides("dk", "n", sized)}
+    to_keys.update(p_dpk=partial_k, p_dpv=partial_v, **_strides("dp", "n", partial))
+    flags = {"STORE_PROMPT": prompt}
+
+    launch.launch(
+        prompt_attention_bwd_delta_kernel,
+        (B * H * _cdiv(padded, DELTA_ROWS),),
+        device,
+        p_out=out,
+        p_do=grad,
+        p_lse=lse,
+        p_delta=delta,
+        p_lse2=lse2,
+        Nq=Nq,
+        padded=padded,
+        H=H,
+        **_strides("o", "m", out),
+        **_strides("do", "m", grad),
+        HEAD_DIM=d,
+        D0=arguments["D0"],
+        D1=arguments["D1"],
+        BLOCK_M=DELTA_ROWS,
+        ALIGNED=_aligned(out) and _aligned(grad),
+        num_warps=4,
+        num_stages=1,
+    )
+    qdq = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
+    if resident:
+        assert config is not None
+        launch.launch(
+            prompt_attention_bwd_resident_kernel,
+            (B * H,),
+            device,
+            **arguments,
+            **to_queries,
+            **to_keys,
+            **flags,
+            p_qdq=qdq,
+            BLOCK_M=config.block_m,
+            KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
+            NEED_TEMPERATURE=need_temperature,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    else:
+        if need_k or need_v:
+            config = find("dkdv")
+            assert config is not None
+            first_key = 0 if image else inputs.k.shape[1]
+            launch.launch(
+                prompt_attention_bwd_dkdv_kernel,
+                (B * H * _cdiv(inputs.keys - first_key, config.block_n),),
+                device,
+                **arguments,
+                **to_keys,
+                **flags,
+                first_key=first_key,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                NEED_K=need_k,
+                NEED_V=need_v,
+                STORE_IMAGE=image,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        if need_q or need_temperature:
+            config = find("dq")
+            assert config is not None
+            launch.launch(
+                prompt_attention_bwd_dq_kernel,
+                (B * H * _cdiv(Nq, config.block_m),),
+                device,
+                **arguments,
+                **to_queries,
+                p_qdq=qdq,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                **_tail(q, inputs.keys, config.block_n),
+                NEED_Q=need_q,
+                NEED_TEMPERATURE=need_temperature,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    results = [
+        _sum_over_images(inputs, part, like) if need and prompt else like.new_empty(like.shape if need else 0)
+        for part, like, need in (
+            (partial_k, inputs.prompt_k, needs[3]),
+            (partial_v, inputs.prompt_v, needs[4]),
+        )
+    ]
+    if need_temperature:
+        assert inputs.temperature is not None
+        # Scores are linear in q, so that Σ q·dq is the sum of score · d(score), and score ~ 1 / temperature.
+        t = inputs.temperature
+        results.append((-qdq.sum().reshape(t.shape) / t).to(t.dtype))
+    else:
+        results.append(q.new_empty(0))
+    return results[0], results[1], results[2]
+
+
+def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
+    """Per-image gradients of prompts [B, P, H, d] -> the shape and dtype of the prompts."""
+    if not inputs.shared:
+        return partial
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    columns = partial.shape[1:].numel()
+    sets = 1 if inputs.prompt_index is None else like.shape[0]
+    launch.launch(
+        prompt_attention_bwd_sum_kernel,
+        (_cdiv(columns, SUM_COLUMNS), sets),
+        partial.device,
+        p_partial=partial,
+        p_index=inputs.prompt_index,
+        p_sum=total,
+        B=partial.shape[0],
+        columns=columns,
+        BLOCK_B=SUM_ROWS,
+        BLOCK_C=SUM_COLUMNS,
+        HAS_INDEX=inputs.prompt_index is not None,
+        num_warps=4,
+        num_stages=1,
+    )
+    return total
+
+
+def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
+    """The tile for the keys that whole tiles leave over, or masks in every tile: a second copy of float32's products,
+    which hold whole rows in registers, spills them.
+    """
+    if q.element_size() == 4:
+        return {"TAIL": 0, "MASK_ALL": True}
+    return {"TAIL": tail(keys, block), "MASK_ALL": False}
+
+
+def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
+    """Query rows of one program of the resident kernel: all of them, unless too few programs were left."""
+    tiles = _cdiv(Nq, block)
+    splits = min(tiles, max(1, _cdiv(4 * launch.multiprocessors(device), max(1, heads))))
+    return max(1, _cdiv(tiles, splits)) * block
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x with its last dimension dense and, within an image, offsets of 32 bits."""
+    reach = sum((n - 1) * s for n, s in zip(x.shape[-3:], x.stride()[-3:], strict=True) if n)
+    return x if x.stride(-1) == 1 and 0 <= reach < 2**31 else x.contiguous()
+
+
+def _strides(name: str, row: str, x: Tensor) -> dict[str, int]:
+    """Strides of x [B, N, H, d]; one without images (shared prompts) has a batch stride of 0."""
+    if x.ndim < 3:  # not written in this call
+        return {f"stride_{name}{dim}": 0 for dim in ("b", row, "h")}
+    b, n, h = (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]
+    return {f"stride_{name}b": b, f"stride_{name}{row}": n, f"stride_{name}h": h}
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1])
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,196 @@
+"""The backend `triton` through the public operations: shapes that nobody chose, refusals, and repeatability."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from attention_cases import KINDS, Shape, concatenated, draw
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import Inputs, assert_as_exact_as_eager, assert_close, dtypes_of, evaluate
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton import prompt_attention as kernels
+from fastprompt.kernels.triton.prompt_attention_config import RESIDENT_KEYS, head_pieces, key_pieces, tail
+from fastprompt.ops import dispatch, prompt_attention, prompt_attention_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = dtypes_of("triton")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def triton_by_name() -> Iterator[None]:
+    with dispatch.use_backend("triton"):
+        yield
+
+
+def assert_exact(inputs: Inputs, given: Inputs | None = None) -> None:
+    q = inputs["q"]
+    assert q is not None
+    B, Nq, H, _ = q.shape
+    spread = {"temperature": (B, H, Nq, 1)}
+    functions = (prompt_attention, concatenated, prompt_attention_reference)
+    assert_as_exact_as_eager(*functions, inputs, spread, given)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """x as every third tensor of a larger one, NaN between."""
+    buffer = x.new_full((*x.shape[:-2], 3, *x.shape[-2:]), torch.nan)
+    buffer[..., 1, :, :] = x
+    return buffer[..., 1, :, :]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.builds(
+        Shape,
+        B=st.integers(1, 2),
+        Nq=st.one_of(st.integers(1, 40), st.integers(100, 200)),
+        N=st.one_of(st.integers(1, 40), st.integers(100, 290)),
+        P=st.one_of(st.integers(0, 20), st.integers(60, 130)),
+        H=st.just(1),
+        d=st.sampled_from([16, 24, 32, 40, 64, 72, 80, 88, 96, 128]),
+        kind=st.sampled_from(KINDS),
+    ),
+    dtype=st.sampled_from(DTYPES),
+    strided=st.booleans(),
+    temperature=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape(shape: Shape, dtype: torch.dtype, strided: bool, temperature: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = draw(shape, dtype, DEVICE, temperature)
+    names = ("q", "k", "v", "prompt_k", "prompt_v") if strided else ()
+    laid_out = {n: interleaved(x) if n in names and x is not None else x for n, x in inputs.items()}
+    assert_exact(inputs, laid_out)
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
+def test_gradients_are_the_slopes_of_the_output() -> None:
+    inputs = draw(Shape(B=1, Nq=3, N=2, P=2, H=1, d=16), torch.float32, DEVICE)
+    tensors = [x.requires_grad_() for x in inputs.values() if x is not None]
+    names = [name for name, x in inputs.items() if x is not None]
+
+    def function(*values: Tensor) -> Tensor:
+        return prompt_attention(**dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
+
+    # Differences over 1e-2 are what float32 resolves; they err by the third derivative.
+    assert torch.autograd.gradcheck(function, tensors, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("length", [(11, 11), (300, 300)], ids=["all keys at once", "tiles of keys"])
+def test_two_runs_give_the_same_bits(length: tuple[int, int]) -> None:
+    inputs = draw(Shape(B=3, Nq=length[0], N=length[1], kind="shared"), DTYPES[-1], DEVICE)
+    cotangent = torch.randn(3, length[0], 2, 32, device=DEVICE)
+    first, second = (evaluate(prompt_attention, inputs, cotangent) for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@pytest.mark.parametrize("keys", [9, 300], ids=["all keys at once", "tiles of keys"])
+@pytest.mark.parametrize("factor", [-0.3, 0.0], ids=["negative", "zero"])
+def test_any_scale(keys: int, factor: float) -> None:
+    inputs = draw(Shape(B=2, Nq=9, N=keys), torch.float32, DEVICE, temperature=False)
+    functions = (
+        partial(f, scale=factor) for f in (prompt_attention, concatenated, prompt_attention_reference)
+    )
+    assert_as_exact_as_eager(*functions, inputs)
+
+
+@pytest.mark.parametrize("keys", [9, 300], ids=["all keys at once", "tiles of keys"])
+def test_very_negative_scores_leave_no_trace_of_padding(keys: int) -> None:
+    """A padded key scores 0, by which its weight overflows where all true scores lie far below."""
+    inputs = draw(Shape(B=1, Nq=5, N=keys, P=3), torch.float32, DEVICE, temperature=False)
+    for name in ("k", "prompt_k"):
+        inputs[name] = inputs[name].abs() + 1  # type: ignore[union-attr]
+    inputs["q"] = -inputs["q"].abs() - 10  # type: ignore[union-attr]
+    cotangent = torch.randn(1, 5, 2, 32, device=DEVICE)
+    got, want = (evaluate(f, inputs, cotangent) for f in (prompt_attention, prompt_attention_reference))
+    # Of a score of -150 a float32 keeps five digits.
+    assert_close(got, want, 1e-4)
+
+
+def test_an_index_outside_the_table_gives_nan_for_its_image_alone() -> None:
+    inputs = draw(Shape(B=3, kind="table"), torch.float32, DEVICE)
+    for wrong in (5, -1):
+        inputs["prompt_index"] = torch.tensor([0, wrong, 4], device=DEVICE)
+        out = prompt_attention(**inputs)  # type: ignore[arg-type]
+        assert out[1].isnan().all()
+        assert out[[0, 2]].isfinite().all()
+
+
+def test_what_is_not_served_is_refused_with_the_reason() -> None:
+    wide = draw(Shape(d=160), torch.float32, DEVICE)
+    with pytest.raises(NotImplementedError, match="head_dim up to 128, not 160"):
+        prompt_attention(**wide)  # type: ignore[arg-type]
+    double = draw(Shape(), torch.float64, DEVICE)
+    with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
+        prompt_attention(**double)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(
+    not launch.INTERPRETED, reason="about the interpreter, which serves where there is no GPU"
+)
+def test_the_interpreter_is_taken_by_name_alone_and_refuses_bfloat16() -> None:
+    inputs = draw(Shape(), torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
+        prompt_attention(**inputs)  # type: ignore[arg-type]
+    with dispatch.use_backend("auto"):
+        arguments = (*draw(Shape(), torch.float32).values(), 0.1)
+        assert dispatch.select("prompt_attention", "auto", *arguments)[0] == "eager"
+
+
+def test_float64_goes_to_eager_when_nobody_names_a_backend() -> None:
+    inputs = draw(Shape(), torch.float64, DEVICE)
+    with dispatch.use_backend("auto"):
+        got = prompt_attention(**inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, prompt_attention_reference(**inputs))  # type: ignore[arg-type]
+
+
+def test_triton_kernels_are_not_imported_with_the_package() -> None:
+    code = (
+        "import sys, fastprompt; print([m for m in sys.modules if m.startswith('fastprompt.kernels.triton')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_of_a_head_waste_little() -> None:
+    for d in range(1, 129):
+        first, second = head_pieces(d)
+        assert first + second >= d
+        assert first + second <= max(16, d + 15) or d > 96
+        assert second < first
+
+
+def test_pieces_of_keys_waste_little() -> None:
+    for keys in range(1, RESIDENT_KEYS + 1):
+        pieces = key_pieces(keys)
+        assert keys <= sum(pieces) < keys + 32
+        # Padding stands in the last piece alone.
+        last = [p for p in pieces if p][-1]
+        assert sum(pieces) - last < keys
+
+
+def test_a_tail_holds_what_whole_tiles_leave() -> None:
+    for keys in range(1, 400):
+        rest = keys % 64
+        assert (tail(keys, 64) == 0) == (rest == 0)
+        assert rest <= tail(keys, 64) <= 64
+
+
+def test_few_heads_are_shared_among_more_programs() -> None:
+    rows = kernels._rows_of_a_program
+    one = torch.device(DEVICE)
+    assert rows(197, 64, 10**6, one) == 256
+    assert rows(197, 64, 1, one) == 64

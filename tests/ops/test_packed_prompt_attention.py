@@ -1,0 +1,114 @@
+"""packed_prompt_attention: prompt_attention on the parts of one tensor, with one gradient for them."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import KINDS, Shape, concatenated, draw
+from numerics import Inputs, assert_as_exact_as_eager, assert_close, by_dtype, evaluate, saved_bytes
+from torch import Tensor
+
+from fastprompt.ops import packed_prompt_attention, prompt_attention, prompt_attention_reference
+
+OPERATION = "packed_prompt_attention"
+TENSORS = ("qkv", "prompt_k", "prompt_v", "temperature")
+SUBSETS = [set(names) for size in range(1, 5) for names in combinations(TENSORS, size)]
+SHAPES = {
+    "several": Shape(),
+    "one token": Shape(B=24, Nq=1, N=1),
+    "no prompts": Shape(P=0, d=40),
+    "head_dim 72": Shape(Nq=21, N=21, d=72),
+    "ViT": Shape(B=1, Nq=197, N=197, d=64),
+}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def pack(inputs: Inputs) -> dict[str, Tensor | None]:
+    """The inputs of prompt_attention with q, k and v as one tensor."""
+    parts = [inputs[name] for name in "qkv"]
+    rest = {name: x for name, x in inputs.items() if name not in ("q", "k", "v")}
+    return {"qkv": torch.stack(parts, 2), **rest}  # type: ignore[arg-type]
+
+
+def on_parts(function: Any) -> Any:
+    """`function(q, k, v, ...)` as a function of `qkv`."""
+    return lambda qkv, **rest: function(*qkv.unbind(2), **rest)
+
+
+@by_dtype
+@by_kind
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_output_and_gradients(backend: str, device: str, shape: Shape, kind: str, dtype: torch.dtype) -> None:
+    functions = (packed_prompt_attention, on_parts(concatenated), on_parts(prompt_attention_reference))
+    inputs = pack(draw(shape._replace(kind=kind), dtype, device))
+    assert_as_exact_as_eager(*functions, inputs, {"temperature": (shape.B, shape.H, shape.Nq, 1)})
+
+
+def test_output_and_gradients_without_prompts_or_temperature(
+    backend: str, device: str, widest: torch.dtype
+) -> None:
+    inputs = {"qkv": pack(draw(Shape(), widest, device))["qkv"]}
+    functions = (partial(packed_prompt_attention, scale=0.3), partial(prompt_attention_reference, scale=0.3))
+    cotangent = torch.randn(3, 11, 2, 32, dtype=widest, device=device)
+    got, want = (evaluate(f, inputs, cotangent) for f in (functions[0], on_parts(functions[1])))
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("trainable", SUBSETS, ids=["+".join(sorted(names)) for names in SUBSETS])
+def test_each_subset_of_inputs_gets_its_gradients_and_no_others(
+    backend: str, device: str, widest: torch.dtype, trainable: set[str]
+) -> None:
+    inputs = pack(draw(Shape(B=2, Nq=5, N=5, P=2, d=8), widest, device))
+    cotangent = torch.randn(2, 5, 2, 8, dtype=widest, device=device)
+    want = evaluate(on_parts(prompt_attention_reference), inputs, cotangent, trainable)
+    assert_close(evaluate(packed_prompt_attention, inputs, cotangent, trainable), want)
+
+
+def test_any_strides_give_the_same(backend: str, device: str, widest: torch.dtype) -> None:
+    inputs = pack(draw(Shape(), widest, device))
+    cotangent = torch.randn(3, 11, 2, 32, dtype=widest, device=device)
+    qkv = inputs["qkv"]
+    assert qkv is not None
+    want = evaluate(packed_prompt_attention, inputs, cotangent)
+    for order in ((1, 0, 2, 3, 4), (2, 0, 3, 1, 4), (4, 3, 2, 1, 0)):
+        back = [order.index(i) for i in range(5)]
+        laid_out = {**inputs, "qkv": qkv.permute(order).contiguous().permute(back)}
+        assert_close(evaluate(packed_prompt_attention, laid_out, cotangent), want)
+
+
+def test_the_gradient_is_one_contiguous_tensor(backend: str, device: str) -> None:
+    inputs = pack(draw(Shape(), torch.float32, device))
+    qkv = inputs.pop("qkv").requires_grad_()  # type: ignore[union-attr]
+    packed_prompt_attention(qkv, **inputs).sum().backward()  # type: ignore[arg-type]
+    assert qkv.grad is not None
+    assert qkv.grad.is_contiguous()
+
+
+def test_nothing_is_kept_when_nothing_trains(backend: str, device: str) -> None:
+    inputs = pack(draw(Shape(), torch.float32, device))
+    assert saved_bytes(lambda: packed_prompt_attention(**inputs)) == 0  # type: ignore[arg-type]
+
+
+def test_a_wrong_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`qkv` must be \[B, N, 3, H, d\]; got \(2, 5, 2, 4\); unflatten"):
+        packed_prompt_attention(torch.zeros(2, 5, 2, 4))
+    with pytest.raises(ValueError, match="`prompt_k` must be"):
+        packed_prompt_attention(torch.zeros(2, 5, 3, 2, 4), torch.zeros(3, 1, 4), torch.zeros(3, 1, 4))
+
+
+def test_parts_and_whole_cost_the_same_operations() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = draw(Shape(), torch.float32)
+    counts = []
+    for function, given in ((prompt_attention, inputs), (packed_prompt_attention, pack(inputs))):
+        with FlopCounterMode(display=False) as counter:
+            evaluate(function, given, torch.randn(3, 11, 2, 32))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from timm.layers import LayerNorm
+from torch import Tensor, nn
 
 from fastprompt import vit
 from fastprompt.ops import (
@@ -18,8 +19,10 @@ from fastprompt.ops import (
     direct_cross_attention,
     folded_cross_attention,
     gated_blend,
+    gated_blend_norm,
     row_attention,
 )
+from fastprompt.ops.gated_blend_norm import is_fused
 
 Span = tuple[int, int]
 
@@ -47,7 +50,8 @@ class Context(NamedTuple):
     """What a block is told besides tokens and prompts.
 
     `rope`: its rotary embedding; `carried` prompts stand in the sequence after `prefix` rows; `temperature` and `gate`:
-    GateVPT's one-element tensors, or None; `cross`: CVPT's cross-attention, or None.
+    GateVPT's one-element tensors, or None; `cross`: CVPT's cross-attention, or None; `normed`: norm1 of the tokens
+    [B, N, D] where the block before has made it, or None.
     """
 
     rope: Tensor | None = None
@@ -56,6 +60,7 @@ class Context(NamedTuple):
     temperature: Tensor | None = None
     gate: Tensor | None = None
     cross: Cross | None = None
+    normed: Tensor | None = None
 
 
 def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompts:
@@ -73,14 +78,29 @@ def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompt
 
 def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
     """The whole block: x [B, N, D] -> [B, N, D]; with a gate, carried prompts are blended with those that entered."""
-    adapter, attention = vit.adapters(block)
-    entered = x.narrow(1, context.prefix, context.carried)
+    if context.gate is not None:
+        return run_gated(block, x, None, prompts, context)[0]
     x = _cross(block, x, context, 1)
+    return _mlp(block, _attention(block, x, prompts, context), context)
+
+
+def run_gated(
+    block: Any, x: Tensor, following: Any, prompts: BlockPrompts | None, context: Context
+) -> tuple[Tensor, Tensor | None]:
+    """The whole block, with a gate: x [B, N, D] -> [B, N, D], and norm1 of that for the block `following`.
+
+    The second is None unless one kernel makes both.
+    """
+    adapter, _ = vit.adapters(block)
+    entered = x.narrow(1, context.prefix, context.carried)
     x = _attention(block, x, prompts, context)
-    if context.gate is None:
-        return _mlp(block, x, context)
     delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, context)))
-    return gated_blend(x, delta, entered, context.gate, context.prefix, context.carried)
+    blend: Any = (x, delta, entered, context.gate, context.prefix, context.carried)
+    norm = None if following is None else _frozen_norm(following)
+    if norm is None or not is_fused(x):
+        return gated_blend(*blend), None
+    affine: Any = (norm.weight, norm.bias, norm.eps)
+    return gated_blend_norm(*blend, *affine)
 
 
 def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, context: Context) -> Tensor:
@@ -88,10 +108,10 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, co
 
     Keys and values of the other rows are not made either, unless q/k norm or rotary embedding acts on them.
     """
-    adapter, attention = vit.adapters(block)
+    _, attention = vit.adapters(block)
     attn = block.attn
     x = _cross(block, x, context, 1)
-    h = adapter.attention_input(block, x)
+    h = _attention_input(block, x, context)
     read = h[:, :count]
     q = attention.queries(attn, read)
     weights = attention.weights(attn)
@@ -144,12 +164,35 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
+def _frozen_norm(block: Any) -> Any:
+    """norm1 of `block` if it is a LayerNorm before the attention that neither trains nor has hooks; else None."""
+    norm = block.norm1
+    if isinstance(vit.adapters(block)[0], vit.ResPostBlockAdapter) or type(norm) not in (
+        nn.LayerNorm,
+        LayerNorm,
+    ):
+        return None
+    watched = (
+        norm._forward_pre_hooks or norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
+    )
+    if watched or getattr(norm, "_fast_norm", False) or any(p.requires_grad for p in norm.parameters()):
+        return None
+    return norm
+
+
+def _attention_input(block: Any, x: Tensor, context: Context) -> Tensor:
+    """What enters the attention's maps for the block's input x, both [B, N, D]."""
+    return vit.adapters(block)[0].attention_input(block, x) if context.normed is None else context.normed
+
+
 def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
     """x [B, N, D] plus its attention (and the cross-attention beside it or after it)."""
-    adapter, attention = vit.adapters(block)
-    h = adapter.attention_input(block, x)
-    q, k, v = attention.qkv(block.attn, h, context.rope, context.carried)
-    out = vit.attend(block.attn, q, k, v, _keys_values(block, prompts), context.temperature)
+    _, attention = vit.adapters(block)
+    h = _attention_input(block, x, context)
+    prompt_keys = _keys_values(block, prompts)
+    out = vit.self_attend(
+        block.attn, h, prompt_keys, context.temperature, rope=context.rope, extra_prefix=context.carried
+    )
     return _add_attention(block, x, attention.finish(block.attn, out, h), context)
 
 
@@ -178,15 +221,19 @@ def _cross(block: Any, x: Tensor, context: Context, insert: int) -> Tensor:
     """x [B, N, D], plus the cross-attention if it stands at this place of the residual stream (1, 3 or 5)."""
     if context.cross is None or context.cross.insert != insert:
         return x
-    return x + cross_attention(block, x, context.cross)
+    return cross_attention(block, x, context.cross, residual=True)
 
 
-def cross_attention(block: Any, x: Tensor, cross: Cross) -> Tensor:
-    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention."""
+def cross_attention(block: Any, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
+    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention.
+
+    With `residual`, x is added.
+    """
     if isinstance(cross.prompts, FoldedPrompts):
-        return folded_cross_attention(x, cross.prompts)
+        return folded_cross_attention(x, cross.prompts, residual=residual)
     weights = vit.adapters(block)[1].plain_weights(block.attn)
-    return direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
+    out = direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
+    return x + out if residual else out
 
 
 def _keys_values(block: Any, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:

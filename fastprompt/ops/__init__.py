@@ -1,20 +1,25 @@
 """The operations: each file is the specification of one, its operator and its default implementation."""
 
+from fastprompt.ops.folded_cross_attention import FoldedPrompts, folded_cross_attention
 from fastprompt.ops.gated_blend import gated_blend, gated_blend_reference
+from fastprompt.ops.gated_blend_norm import gated_blend_norm, gated_blend_norm_reference
+from fastprompt.ops.packed_prompt_attention import packed_prompt_attention
 from fastprompt.ops.prompt_attention import prompt_attention, prompt_attention_reference
 from fastprompt.ops.prompt_cross_attention import (
     AttentionWeights,
-    FoldedPrompts,
     ProjectedPrompts,
     choose_form,
     direct_cross_attention,
     fold_prompts,
-    folded_cross_attention,
     project_prompts,
     prompt_cross_attention,
     prompt_cross_attention_reference,
 )
-from fastprompt.ops.row_attention import row_attention
+from fastprompt.ops.row_attention import (
+    folded_row_attention,
+    folded_row_attention_reference,
+    row_attention,
+)
 
 __all__ = [
     "AttentionWeights",
@@ -24,8 +29,13 @@ __all__ = [
     "direct_cross_attention",
     "fold_prompts",
     "folded_cross_attention",
+    "folded_row_attention",
+    "folded_row_attention_reference",
     "gated_blend",
+    "gated_blend_norm",
+    "gated_blend_norm_reference",
     "gated_blend_reference",
+    "packed_prompt_attention",
     "project_prompts",
     "prompt_attention",
     "prompt_attention_reference",

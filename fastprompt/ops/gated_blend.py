@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.kernels import native
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.registration import (
     accumulation_dtype,
     autocast,
@@ -50,7 +50,7 @@ def gated_blend(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
     """
-    _check(x, delta, prompt_in, gate, start, length)
+    check_blend("gated_blend", x, delta, prompt_in, gate, start, length)
     return torch.ops.fastprompt.gated_blend(
         x, delta, prompt_in, gate, start, length, dispatch.requested(backend)
     )
@@ -68,32 +68,56 @@ def gated_blend_reference(
         return torch.cat([before, g * rows + (1 - g) * prompt_in.to(wide), after], dim=1).to(x.dtype)
 
 
-def _check(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int) -> None:
+def check_blend(
+    caller: str,
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor | None,
+    gate: Tensor | None,
+    start: int,
+    length: int,
+) -> None:
+    """Raise ValueError or TypeError in the name of `caller` unless the arguments fit.
+
+    `prompt_in` and `gate` may both be None where no row is blended.
+    """
+
     def fail(what: str) -> None:
-        raise ValueError(f"`gated_blend`: {what}")
+        raise ValueError(f"`{caller}`: {what}")
 
     if x.ndim != 3 or delta.shape != x.shape:
         fail(f"`x` and `delta` must both be [B, N, D]; got {tuple(x.shape)} and {tuple(delta.shape)}")
     B, N, D = x.shape
     if start < 0 or length < 0 or start + length > N:
         fail(f"rows start={start} .. start+length={start + length} do not lie within N={N}")
-    if prompt_in.shape != (B, length, D):
-        fail(
-            f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
-        )
-    if gate.numel() != 1 or not gate.is_floating_point():
-        fail(f"`gate` must be a floating-point tensor of one element; got {gate.dtype}, {tuple(gate.shape)}")
-    tensors = {"delta": delta, "prompt_in": prompt_in}
-    for name, tensor in {**tensors, "gate": gate}.items():
+    tensors = {"delta": delta}
+    if prompt_in is None or gate is None:
+        if prompt_in is not gate or length > 0:
+            fail(
+                f"without `prompt_in` and `gate` no row is blended; got length={length}; pass both or neither"
+            )
+    else:
+        tensors["prompt_in"] = prompt_in
+        if prompt_in.shape != (B, length, D):
+            fail(
+                f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
+            )
+        if gate.numel() != 1 or not gate.is_floating_point():
+            fail(
+                f"`gate` must be a floating-point tensor of one element; got {gate.dtype}, {tuple(gate.shape)}"
+            )
+        if gate.device != x.device:
+            fail(f"`gate` is on {gate.device} and `x` on {x.device}; move it there")
+    for name, tensor in tensors.items():
         if tensor.device != x.device:
             fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
     if not x.is_floating_point():
-        raise TypeError(f"`gated_blend`: `x` must be floating point; got {x.dtype}; convert it")
+        raise TypeError(f"`{caller}`: `x` must be floating point; got {x.dtype}; convert it")
     if not autocast_enabled(x):
         for name, tensor in tensors.items():
             if tensor.dtype != x.dtype:
                 raise TypeError(
-                    f"`gated_blend`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
+                    f"`{caller}`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
                 )
 
 
@@ -243,3 +267,5 @@ dispatch.register("gated_blend", "cpu", _forward_cpu, _can_run_cpu)
 dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_run_cpu)
 dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
 dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)
+triton_backend.serve("gated_blend", "gated_blend", "forward")
+triton_backend.serve("gated_blend_backward", "gated_blend", "backward")

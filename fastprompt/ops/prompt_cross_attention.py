@@ -14,7 +14,7 @@ is a two-layer MLP of hidden width H·P whose activation is a softmax per head.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fastprompt.ops import dispatch
+from fastprompt.ops.folded_cross_attention import FoldedPrompts, folded_cross_attention
 from fastprompt.ops.prompt_attention import prompt_attention
-from fastprompt.ops.registration import (
-    accumulation_dtype,
-    autocast,
-    autocast_enabled,
-    define,
-    differentiate,
-    refuse_second_derivative,
-)
+from fastprompt.ops.registration import accumulation_dtype, autocast_enabled
 
 Form = Literal["auto", "folded", "direct"]
 
@@ -46,18 +40,6 @@ class AttentionWeights(NamedTuple):
     v_bias: Tensor | None
     proj_weight: Tensor
     proj_bias: Tensor | None
-
-
-class FoldedPrompts(NamedTuple):
-    """Prompts folded through the attention's weights.
-
-    `key` [H, P, D], `bias` [H, P], `value` [H, P, D], and `out_bias` [D] or None.
-    """
-
-    key: Tensor
-    bias: Tensor
-    value: Tensor
-    out_bias: Tensor | None
 
 
 class ProjectedPrompts(NamedTuple):
@@ -166,22 +148,6 @@ def direct_cross_attention(
     return F.linear(rearrange(out, "B N H d -> B N (H d)"), weights.proj_weight, weights.proj_bias)
 
 
-def folded_cross_attention(x: Tensor, folded: FoldedPrompts, *, backend: str = dispatch.AUTO) -> Tensor:
-    """softmax_h(x·keyᵀ + bias)·value + out_bias for x [B, N, D] -> [B, N, D]; differentiable in all of them."""
-    key, bias, value, out_bias = folded
-    fits = x.ndim == 3 and key.ndim == 3 and key.shape[2] == x.shape[2]
-    if not fits or bias.shape != key.shape[:2] or value.ndim != 3 or value.shape[:2] != key.shape[:2]:
-        raise ValueError(
-            "`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
-            f"`folded.value` [H, P, D]; got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}, "
-            f"{tuple(value.shape)}; make them by `fold_prompts`"
-        )
-    out, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, key, bias, value, out_bias, dispatch.requested(backend)
-    )
-    return out
-
-
 def prompt_cross_attention_reference(
     x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int, *, scale: float | None = None
 ) -> Tensor:
@@ -238,126 +204,3 @@ def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int
             raise TypeError(
                 f"`prompt_cross_attention`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
             )
-
-
-# The operator of the folded form ---------------------------------------------------------------------------------
-
-
-def _fake(
-    x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    B, N, _ = x.shape
-    lse = x.new_empty((B, N, key.shape[0]), dtype=accumulation_dtype(x.dtype))
-    return x.new_empty((B, N, value.shape[2])), lse
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    shapes = (x.shape, key.shape, bias.shape, value.shape, value.shape[2:])
-    return tuple(x.new_empty(s if need else 0) for need, s in zip(needs, shapes, strict=True))
-
-
-def _flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * x[1] * key[0] * key[1] * (key[2] + value[2])
-
-
-def _flops_backward(grad: Any, x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
-    needs = rest[1]
-    rows = 2 * x[0] * x[1] * key[0] * key[1]
-    scores = any(needs[:3])  # d(scores), a product with `value`
-    return rows * (key[2] * (1 + needs[0] + needs[1]) + value[2] * (scores + needs[3]))
-
-
-_OPERATOR = define(
-    "folded_cross_attention(Tensor x, Tensor key, Tensor bias, Tensor value, Tensor? out_bias, str backend) "
-    "-> (Tensor out, Tensor lse)",
-    fake=_fake,
-    flops=_flops,
-)
-# `needs` says which of dx, d(key), d(bias), d(value), d(out_bias) somebody reads; the others are empty.
-_BACKWARD = define(
-    "folded_cross_attention_backward(Tensor grad, Tensor x, Tensor key, Tensor bias, Tensor value, Tensor lse, "
-    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    flops=_flops_backward,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, key, bias, value, _, backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.backend = backend
-    # The H·P weights of a token are made again in the backward from x and `lse`: cheaper to redo than to keep.
-    ctx.save_for_backward(x, key, bias, value, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 6
-    needs = [bool(n) for n in ctx.needs_input_grad[:5]]
-    gradients = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *ctx.saved_tensors, needs, ctx.backend
-    )
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
-
-
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
-autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
-
-
-def _logits(x: Tensor, key: Tensor, bias: Tensor) -> Tensor:
-    """x·keyᵀ + bias, [B·N, H, P], in the accumulation dtype."""
-    flat = torch.addmm(bias.flatten(), x.flatten(0, 1), key.flatten(0, 1).mT)
-    return rearrange(flat, "n (H P) -> n H P", H=key.shape[0]).to(accumulation_dtype(x.dtype))
-
-
-def _forward_eager(
-    x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    B, N, _ = x.shape
-    logits = _logits(x, key, bias)
-    lse = logits.logsumexp(-1)
-    weights = logits.sub(lse.unsqueeze(-1)).exp_().flatten(1).to(x.dtype)
-    values = value.flatten(0, 1)
-    out = weights @ values if out_bias is None else torch.addmm(out_bias.to(x.dtype), weights, values)
-    return out.view(B, N, value.shape[2]), lse.view(B, N, key.shape[0])
-
-
-def _backward_eager(
-    grad: Tensor, x: Tensor, key: Tensor, bias: Tensor, value: Tensor, lse: Tensor, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    wide = accumulation_dtype(x.dtype)
-    H, P, _ = key.shape
-    rows = grad.flatten(0, 1)
-    weights = (_logits(x, key, bias) - rearrange(lse, "B N H -> (B N) H 1")).exp_()
-    results = [x.new_empty(0) for _ in range(5)]  # an operator's outputs may not share memory
-    if any(needs[:3]):
-        d_weights = rearrange(rows @ value.flatten(0, 1).mT, "n (H P) -> n H P", H=H).to(wide)
-        delta = (d_weights * weights).sum(-1, keepdim=True)
-        d_logits = ((d_weights - delta) * weights).flatten(1)
-        narrow = d_logits.to(x.dtype)
-        if needs[0]:
-            results[0] = (narrow @ key.flatten(0, 1)).view(x.shape)
-        if needs[1]:
-            results[1] = (narrow.mT @ x.flatten(0, 1)).view(key.shape)
-        if needs[2]:
-            results[2] = d_logits.sum(0).view(H, P).to(bias.dtype)
-    if needs[3]:
-        results[3] = (weights.flatten(1).to(x.dtype).mT @ rows).view(value.shape)
-    if needs[4]:
-        results[4] = rows.to(wide).sum(0).to(x.dtype)
-    return tuple(results)
-
-
-dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
-dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)

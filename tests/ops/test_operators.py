@@ -79,10 +79,17 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         OPS.gated_blend.default,
         (*map(trained, blend_arguments()[:3]), torch.ones(()), 1, 2, "auto"),
     ),
-    "folded": lambda: (OPS.folded_cross_attention.default, (*map(trained, folded_arguments()), "auto")),
-    "folded, no bias": lambda: (
+    "folded": lambda: (
         OPS.folded_cross_attention.default,
-        (*map(trained, folded_arguments()[:4]), None, "auto"),
+        (*map(trained, folded_arguments()), False, True, "auto"),
+    ),
+    "folded, residual, no bias": lambda: (
+        OPS.folded_cross_attention.default,
+        (*map(trained, folded_arguments()[:4]), None, True, True, "auto"),
+    ),
+    "folded, nothing trains": lambda: (
+        OPS.folded_cross_attention.default,
+        (*folded_arguments(), True, False, "auto"),
     ),
 }
 

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from numerics import (
-    Inputs,
-    assert_as_exact_as_eager,
-    assert_close,
-    by_dtype,
-    by_layout,
-    evaluate,
-    saved_bytes,
-)
+from numerics import assert_close, evaluate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastprompt.ops import (
     AttentionWeights,
-    FoldedPrompts,
     choose_form,
     fold_prompts,
     folded_cross_attention,
@@ -59,7 +49,7 @@ SHAPES = {
     "empty batch": Shape(B=0),
     "one head": Shape(H=1, P=20),
     "narrower attention": Shape(A=12),
-    "more prompts than width": Shape(P=40, D=12, A=12),
+    "more prompts than width": Shape(P=30, D=12, A=12),
     "ViT-Ti": Shape(B=1, N=197, P=10, D=192, A=192),
 }
 by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -124,13 +114,14 @@ def test_reference_is_the_definition(shape: Shape, per_image: bool, scale: float
 @by_form
 @pytest.mark.parametrize("scale", [None, 0.2], ids=["default scale", "scale 0.2"])
 def test_forms_agree_in_output_and_every_gradient(
-    backend: str, device: str, shape: Shape, form: str, scale: float | None
+    backend: str, device: str, widest: torch.dtype, shape: Shape, form: str, scale: float | None
 ) -> None:
-    inputs = draw(shape, torch.float64, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    inputs = draw(shape, widest, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
     want = evaluate(call(prompt_cross_attention_reference, shape.H, scale=scale), inputs, cotangent)
     got = evaluate(call(prompt_cross_attention, shape.H, scale=scale, form=form), inputs, cotangent)
-    assert_close(got, want)
+    # The gradient of `k_bias` is zero, the rounding of large sums that cancel.
+    assert_close(got, want, 1e-10 if widest == torch.float64 else 1e-4)
 
 
 @by_form
@@ -148,10 +139,10 @@ def test_forms_agree_in_output_and_every_gradient(
     ids=lambda names: "+".join(sorted(names)),
 )
 def test_gradients_only_for_what_trains(
-    backend: str, device: str, form: str, shape: Shape, trainable: set[str]
+    backend: str, device: str, widest: torch.dtype, form: str, shape: Shape, trainable: set[str]
 ) -> None:
-    inputs = draw(shape, torch.float64, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    inputs = draw(shape, widest, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
     want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent, trainable)
     assert_close(
         evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent, trainable), want
@@ -159,10 +150,12 @@ def test_gradients_only_for_what_trains(
 
 
 @pytest.mark.parametrize("form", ["direct", "auto"])
-def test_prompts_per_image_take_the_direct_form(backend: str, device: str, form: str) -> None:
+def test_prompts_per_image_take_the_direct_form(
+    backend: str, device: str, widest: torch.dtype, form: str
+) -> None:
     shape = Shape(per_image=True)
-    inputs = draw(shape, torch.float64, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64, device=device)
+    inputs = draw(shape, widest, device)
+    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
     want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent)
     assert_close(evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent), want)
 
@@ -180,78 +173,6 @@ def test_attention_to_no_prompts_is_the_bias_of_the_projection(
     out = call(prompt_cross_attention, shape.H, form=form)(**inputs)
     assert torch.equal(out, inputs["proj_bias"].expand_as(out) if bias else torch.zeros_like(out))  # type: ignore[union-attr]
     torch.testing.assert_close(out, call(prompt_cross_attention_reference, shape.H)(**inputs))
-
-
-# The folded operation on its own -----------------------------------------------------------------------------------
-
-
-def folded(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None) -> Tensor:
-    return folded_cross_attention(x, FoldedPrompts(key, bias, value, out_bias))
-
-
-def softmax_mlp(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor | None) -> Tensor:
-    """A two-layer MLP with a softmax per head as its activation."""
-    out = sum((x @ key[h].T + bias[h]).softmax(-1) @ value[h] for h in range(key.shape[0]))
-    return out if out_bias is None else out + out_bias  # type: ignore[return-value]
-
-
-def draw_folded(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
-    H, P, D = shape.H, shape.P, shape.D
-    inputs = {
-        "x": torch.randn(shape.B, shape.N, D),
-        "key": torch.randn(H, P, D) / math.sqrt(D),
-        "bias": torch.randn(H, P),
-        "value": torch.randn(H, P, D),
-        "out_bias": torch.randn(D) if shape.bias else None,
-    }
-    return {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
-
-
-@by_dtype
-@by_shape
-def test_folded_output_and_gradients(backend: str, device: str, shape: Shape, dtype: torch.dtype) -> None:
-    assert_as_exact_as_eager(folded, softmax_mlp, softmax_mlp, draw_folded(shape, dtype, device))
-
-
-@by_layout
-def test_strides_do_not_matter(backend: str, device: str, layout: Any) -> None:
-    inputs = draw_folded(Shape(), torch.float32, device)
-    laid_out: Inputs = {
-        **inputs,
-        "x": layout(inputs["x"][:, :, None])[:, :, 0],  # type: ignore[index]
-        "key": layout(inputs["key"][None])[0],  # type: ignore[index]
-        "value": layout(inputs["value"][None])[0],  # type: ignore[index]
-        "bias": layout(inputs["bias"][None, None])[0, 0],  # type: ignore[index]
-    }
-    same = {name: None if x is None else x.contiguous() for name, x in laid_out.items()}
-    assert_as_exact_as_eager(folded, softmax_mlp, softmax_mlp, same, given=laid_out)
-
-
-FOLDED = ("x", "key", "bias", "value", "out_bias")
-
-
-@pytest.mark.parametrize(
-    "trainable",
-    [set(names) for size in range(1, 6) for names in combinations(FOLDED, size)],
-    ids=lambda names: "+".join(sorted(names)),
-)
-def test_each_subset_of_folded_inputs_gets_its_gradients(
-    backend: str, device: str, trainable: set[str]
-) -> None:
-    inputs = draw_folded(Shape(B=2, N=4, P=3, H=2, D=6), torch.float64, device)
-    cotangent = torch.randn(2, 4, 6, dtype=torch.float64, device=device)
-    assert_close(*(evaluate(f, inputs, cotangent, trainable) for f in (folded, softmax_mlp)))
-
-
-def test_weights_of_the_tokens_are_not_kept_for_the_backward(backend: str, device: str) -> None:
-    inputs = {
-        n: x.requires_grad_()
-        for n, x in draw_folded(Shape(N=100), torch.float32, device).items()
-        if x is not None
-    }
-    kept = sum(inputs[name].numel() * 4 for name in ("x", "key", "bias", "value"))
-    lse = 2 * 100 * 3 * 4
-    assert saved_bytes(lambda: folded(**inputs)) == kept + lse
 
 
 # Which form ---------------------------------------------------------------------------------------------------------
@@ -316,16 +237,6 @@ def test_bad_input_is_refused_with_its_value(changes: dict[str, Any], message: s
         prompt_cross_attention(weights=weights, **inputs)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"x": torch.ones(9, 24)}, {"key": torch.ones(3, 5, 20)}, {"bias": torch.ones(5, 3)}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_folded_prompts_of_another_size_are_refused(changes: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="fold_prompts"):
-        folded(**{**draw_folded(Shape(), torch.float32), **changes})
-
-
 @by_form
 def test_nan_in_a_prompt_reaches_every_output(backend: str, device: str, form: str) -> None:
     inputs = draw(Shape(), torch.float32, device)
@@ -333,13 +244,13 @@ def test_nan_in_a_prompt_reaches_every_output(backend: str, device: str, form: s
     assert call(prompt_cross_attention, 3, form=form)(**inputs).isnan().all()
 
 
-def test_folded_prompts_serve_many_batches(backend: str, device: str) -> None:
-    inputs = draw(Shape(), torch.float64, device)
+def test_folded_prompts_serve_many_batches(backend: str, device: str, widest: torch.dtype) -> None:
+    inputs = draw(Shape(), widest, device)
     weights = AttentionWeights(**{name: inputs[name] for name in FIELDS})  # type: ignore[arg-type]
     once = fold_prompts(inputs["prompts"], weights, 3, 8**-0.5)  # type: ignore[arg-type]
     reference = partial(
         prompt_cross_attention_reference, prompts=inputs["prompts"], weights=weights, num_heads=3
     )
     for B in (1, 4):
-        x = torch.randn(B, 9, 24, dtype=torch.float64, device=device)
+        x = torch.randn(B, 9, 24, dtype=widest, device=device)
         torch.testing.assert_close(folded_cross_attention(x, once), reference(x))  # type: ignore[call-arg]

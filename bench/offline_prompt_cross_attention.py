@@ -1,0 +1,63 @@
+"""What to compile of folded cross-attention: every entry of its table, and what makes other code of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton import prompt_cross_attention as kernels
+from fastprompt.kernels.triton.prompt_cross_attention_config import limit, split
+
+B, N, D = 64, 197, 768
+# (heads, prompts): tiles of 128 columns, 128 + 64, 128 + 32 + 64 + 16, 128 + 64 + 64 + 32.
+SHAPES = ((8, 16), (12, 16), (12, 20), (12, 24))
+# In one or two tiles, which hold most of what a program has room for; and with padding.
+SHAPES_TOO = ((16, 16), (12, 10), (3, 20))
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A name and a call for each: with the residual, biases and all gradients.
+
+    In bfloat16 also with a residual stream in float32, as autocast has it. Then what inference runs, the gradient of
+    prompts alone and an odd width.
+    """
+    architecture = launch.architecture(torch.device("meta"))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for H, P in SHAPES + SHAPES_TOO * (dtype == torch.bfloat16):
+            if split(H, P).total > limit(architecture, dtype.itemsize):
+                continue
+            name = f"H={H} P={P} {str(dtype).removeprefix('torch.')}"
+            yield name, partial(kernels.forward, *_inputs(H, P, D, dtype, dtype), True, True)
+            yield name, partial(kernels.backward, *_gradient(H, P, D, dtype, dtype), True, [True] * 5)
+            if dtype == torch.bfloat16:
+                mixed = torch.float32, dtype
+                name += ", float32 rows"
+                yield name, partial(kernels.forward, *_inputs(H, P, D, *mixed), True, True)
+                yield name, partial(kernels.backward, *_gradient(H, P, D, *mixed), True, [True] * 5)
+    H, P, low = 12, 10, torch.bfloat16
+    x, *folded, _ = _inputs(H, P, D, low, low)
+    yield "inference, no residual", partial(kernels.forward, x, *folded, None, False, False)
+    prompts = [False, True, True, True, False]
+    yield "prompts alone", partial(kernels.backward, *_gradient(H, P, D, low, low), False, prompts)
+    yield "width 1000", partial(kernels.forward, *_inputs(H, P, 1000, low, low), True, True)
+    yield "width 1000", partial(kernels.backward, *_gradient(H, P, 1000, low, low), True, [True] * 5)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _inputs(H: int, P: int, width: int, wide: torch.dtype, low: torch.dtype) -> tuple[Tensor, ...]:
+    """x in `wide`; key, bias, value and out_bias in `low`."""
+    key, value = (_meta((H, P, width), low) for _ in range(2))
+    return _meta((B, N, width), wide), key, _meta((H, P), low), value, _meta((width,), low)
+
+
+def _gradient(H: int, P: int, width: int, wide: torch.dtype, low: torch.dtype) -> tuple[Tensor, ...]:
+    """grad and x in `wide`; key, value and weights in `low`."""
+    x, key, _, value, _ = _inputs(H, P, width, wide, low)
+    return _meta((B, N, width), wide), x, key, value, _meta((B, N, H, P), low)

@@ -1,0 +1,324 @@
+"""Gated prompt blending, alone or with the LayerNorm that follows: one pass over the sequence, one row at a time.
+
+A program holds whole rows, so that mean and variance cost no second pass. Prompt rows differ from the others by one
+masked load. The backward leaves one number for each prompt row; without atomics, their sum is the same bits every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton.gated_blend_config import MAX_WIDTH, choose
+
+# Sizes of a batch: a kernel for each of their divisibilities would be compiled to no purpose.
+_SIZES = ["count", "first", "span", "N", "start", "length"]
+
+
+@triton.jit
+def _row_starts(p_base, i_b, i_n, stride_b, stride_n, ALIGNED: tl.constexpr):
+    p_row = p_base + i_b.to(tl.int64) * stride_b + i_n.to(tl.int64) * stride_n
+    if ALIGNED:
+        # A width of 1000 hides it, and without it loads are as narrow as one element.
+        p_row = tl.multiple_of(p_row, 16)
+    return p_row  # [ROWS]
+
+
+@triton.jit
+def _load(p_row, o_d, stride_d, mask):
+    return tl.load(p_row[:, None] + (o_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *_SIZES, "stride_xb", "stride_xn", "stride_db", "stride_dn", "stride_pb", "stride_pn",
+    ]
+)  # fmt: skip
+def gated_blend_fwd_kernel(
+    p_x, p_delta, p_prompt, p_gate, p_weight, p_bias, p_y, p_normed, p_mean, p_rstd,
+    eps, count, N, start, length,
+    stride_xb, stride_xn, stride_xd, stride_db, stride_dn, stride_dd, stride_pb, stride_pn, stride_pd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`count` rows [D] of x + delta, blended and, with NORM, normed."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    i_b, i_n = o_row // N, o_row % N
+    m_row = o_row < count
+    mask = m_row[:, None] & m_d[None, :]
+
+    y = _load(_row_starts(p_x, i_b, i_n, stride_xb, stride_xn, ALIGNED), o_d, stride_xd, mask)
+    y += _load(_row_starts(p_delta, i_b, i_n, stride_db, stride_dn, ALIGNED), o_d, stride_dd, mask)
+    if HAS_GATE:
+        gate = tl.load(p_gate).to(tl.float32)
+        m_blend = (i_n >= start) & (i_n < start + length)
+        p_row = _row_starts(p_prompt, i_b, i_n - start, stride_pb, stride_pn, ALIGNED)
+        b_prompt = _load(p_row, o_d, stride_pd, mask & m_blend[:, None])
+        y = tl.where(m_blend[:, None], gate * y + (1 - gate) * b_prompt, y)  # [ROWS, BLOCK_D]
+    y = y.to(p_y.dtype.element_ty)
+    o_out = o_row.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_y + o_out, y, mask=mask)
+
+    if NORM:
+        # Of the rounded y, which is what the next reader of y sees.
+        y = y.to(tl.float32)
+        mean = tl.sum(y, 1) / D
+        y = tl.where(m_d[None, :], y - mean[:, None], 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(y * y, 1) / D + eps)
+        y *= rstd[:, None]
+        if HAS_WEIGHT:
+            y *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        tl.store(p_normed + o_out, y.to(p_normed.dtype.element_ty), mask=mask)
+        tl.store(p_mean + o_row, mean, mask=m_row)
+        tl.store(p_rstd + o_row, rstd, mask=m_row)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "stride_yb", "stride_yn", "stride_nb", "stride_nn"])
+def gated_blend_bwd_kernel(
+    p_dy, p_dnormed, p_y, p_mean, p_rstd, p_weight, p_gate, p_difference, p_dx, p_dprompt, p_partial,
+    count, first, span, N, start, length,
+    stride_yb, stride_yn, stride_yd, stride_nb, stride_nn, stride_nd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_GATE: tl.constexpr,
+    NEED_INPUT: tl.constexpr, NEED_PROMPT: tl.constexpr, NEED_GATE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the rows first .. first+span of every image, `count` in all."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    i_b, i_n = o_row // span, first + o_row % span
+    m_row = o_row < count
+    mask = m_row[:, None] & m_d[None, :]
+    o_flat = i_b.to(tl.int64) * N + i_n  # the row among all B * N
+
+    dx = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if HAS_DNORMED:
+        p_row = _row_starts(p_dnormed, i_b, i_n, stride_nb, stride_nn, ALIGNED)
+        dx = _load(p_row, o_d, stride_nd, mask)
+        if HAS_WEIGHT:
+            dx *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        mean = tl.load(p_mean + o_flat, mask=m_row, other=0.0)
+        rstd = tl.load(p_rstd + o_flat, mask=m_row, other=0.0)
+        b_y = tl.load(p_y + o_flat[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        unit = (b_y - mean[:, None]) * rstd[:, None]  # before weight and bias
+        dx -= (tl.sum(dx, 1) / D)[:, None] + unit * (tl.sum(dx * unit, 1) / D)[:, None]
+        dx *= rstd[:, None]
+    if HAS_DY:
+        dx += _load(_row_starts(p_dy, i_b, i_n, stride_yb, stride_yn, ALIGNED), o_d, stride_yd, mask)
+
+    if HAS_GATE:
+        gate = tl.load(p_gate).to(tl.float32)
+        m_blend = m_row & (i_n >= start) & (i_n < start + length)
+        o_blend = i_b.to(tl.int64) * length + i_n - start  # the row among all B * length
+        o_prompt = o_blend[:, None] * D + o_d[None, :]
+        m_prompt = mask & m_blend[:, None]
+        if NEED_GATE:
+            b_difference = tl.load(p_difference + o_prompt, mask=m_prompt, other=0.0).to(tl.float32)
+            tl.store(p_partial + o_blend, tl.sum(dx * b_difference, 1), mask=m_blend)
+        if NEED_PROMPT:
+            tl.store(p_dprompt + o_prompt, ((1 - gate) * dx).to(p_dprompt.dtype.element_ty), mask=m_prompt)
+        dx = tl.where(m_blend[:, None], gate * dx, dx)
+    if NEED_INPUT:
+        tl.store(p_dx + o_flat[:, None] * D + o_d[None, :], dx.to(p_dx.dtype.element_ty), mask=mask)
+
+
+def forward(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int) -> Tensor:
+    """x + delta [B, N, D], with the rows start .. start+length blended with `prompt_in` by `gate`."""
+    y = x.new_empty(x.shape)
+    _launch_forward(x, delta, prompt_in, gate, start, length, y)
+    return y
+
+
+def can_forward(x: Tensor, *args: object) -> str | None:
+    return _cannot_serve(x)
+
+
+def norm_forward(
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor,
+    gate: Tensor | None,
+    start: int,
+    length: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and its LayerNorm [B, N, D], with mean and 1/deviation [B, N] of every row in float32."""
+    y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    _launch_forward(x, delta, prompt_in, gate, start, length, y, normed, mean, rstd, weight, bias, eps)
+    return y, normed, mean, rstd
+
+
+def can_norm_forward(x: Tensor, *args: object) -> str | None:
+    return _cannot_serve(x)
+
+
+def _launch_forward(
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor,
+    gate: Tensor | None,
+    start: int,
+    length: int,
+    y: Tensor,
+    normed: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    B, N, D = x.shape
+    config = choose(launch.architecture(x.device), "forward", D)
+    launch.launch(
+        gated_blend_fwd_kernel,
+        (triton.cdiv(B * N, config.rows),),
+        x.device,
+        num_warps=config.num_warps,
+        num_stages=1,
+        p_x=x,
+        p_delta=delta,
+        p_prompt=prompt_in,
+        p_gate=gate,
+        p_weight=None if weight is None else weight.contiguous(),
+        p_bias=None if bias is None else bias.contiguous(),
+        p_y=y,
+        p_normed=normed,
+        p_mean=mean,
+        p_rstd=rstd,
+        eps=eps,
+        count=B * N,
+        N=N,
+        start=start,
+        length=length,
+        **_strides("x", x),
+        **_strides("d", delta),
+        **_strides("p", prompt_in),
+        D=D,
+        BLOCK_D=triton.next_power_of_2(D),
+        ROWS=config.rows,
+        NORM=normed is not None,
+        HAS_GATE=gate is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        ALIGNED=_aligned(x, delta, prompt_in),
+    )
+
+
+def backward(
+    grad: Tensor,
+    gate: Tensor,
+    difference: Tensor | None,
+    start: int,
+    length: int,
+    need_input: bool,
+    need_prompt: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d(x) = d(delta) [B, N, D], d(prompt_in) [B, length, D] and d(gate); those not needed are empty."""
+    needs = (need_input, need_prompt, need_gate)
+    return norm_backward(grad, None, None, None, None, None, gate, difference, start, length, *needs)
+
+
+def can_backward(grad: Tensor, *args: object) -> str | None:
+    return _cannot_serve(grad)
+
+
+def norm_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    difference: Tensor | None,
+    start: int,
+    length: int,
+    need_input: bool,
+    need_prompt: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the gradients of both outputs, one of which may be None."""
+    grads = [g for g in (grad_y, grad_normed) if g is not None]
+    like = grads[0]
+    B, N, D = like.shape
+    d_input = like.new_empty(like.shape if need_input else 0)
+    d_prompt = like.new_empty((B, length, D) if need_prompt else 0)
+    d_gate = like.new_empty(0) if gate is None else gate.new_empty(0)
+    partial = like.new_empty(B * length if need_gate else 0, dtype=torch.float32)
+    # Where only prompts or gate train, no other row is read.
+    first, span = (0, N) if need_input else (start, length)
+    config = choose(launch.architecture(like.device), "backward", D)
+    launch.launch(
+        gated_blend_bwd_kernel,
+        (triton.cdiv(B * span, config.rows),),
+        like.device,
+        num_warps=config.num_warps,
+        num_stages=1,
+        p_dy=grad_y,
+        p_dnormed=grad_normed,
+        p_y=y,
+        p_mean=mean,
+        p_rstd=rstd,
+        p_weight=None if weight is None else weight.contiguous(),
+        p_gate=gate,
+        p_difference=None if difference is None else difference.contiguous(),
+        p_dx=d_input,
+        p_dprompt=d_prompt,
+        p_partial=partial,
+        count=B * span,
+        first=first,
+        span=span,
+        N=N,
+        start=start,
+        length=length,
+        **_strides("y", like if grad_y is None else grad_y),
+        **_strides("n", like if grad_normed is None else grad_normed),
+        D=D,
+        BLOCK_D=triton.next_power_of_2(D),
+        ROWS=config.rows,
+        HAS_DY=grad_y is not None,
+        HAS_DNORMED=grad_normed is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_GATE=gate is not None,
+        NEED_INPUT=need_input,
+        NEED_PROMPT=need_prompt,
+        NEED_GATE=need_gate,
+        ALIGNED=_aligned(*grads),
+    )
+    if need_gate and gate is not None:
+        d_gate = partial.sum().to(gate.dtype).reshape(gate.shape)
+    return d_input, d_prompt, d_gate
+
+
+def can_norm_backward(
+    grad_y: Tensor | None, grad_normed: Tensor | None, y: Tensor, *args: object
+) -> str | None:
+    return _cannot_serve(y)
+
+
+def _cannot_serve(x: Tensor) -> str | None:
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        return f"it serves widths from 1 to {MAX_WIDTH}, not {x.shape[-1]}"
+    return launch.cannot_serve(x)
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """The strides of x [B, N, D] under the kernels' names."""
+    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bnd")}
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether every row of these [B, N, D] starts at a multiple of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (0, 1))
+        for x in tensors
+    )

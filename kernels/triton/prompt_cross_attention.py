@@ -1,0 +1,185 @@
+"""Folded cross-attention: launchers. What is summed over all rows (gradients of prompts) is left to the library."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton import prompt_cross_attention_config as config
+from fastprompt.kernels.triton.prompt_cross_attention_kernels import (
+    folded_cross_attention_bwd_kernel,
+    folded_cross_attention_fwd_kernel,
+)
+
+
+def can_forward(
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out_bias: Tensor | None,
+    residual: bool,
+    keep: bool,
+) -> str | None:
+    """The reason why :func:`forward` cannot serve these arguments, or None."""
+    return launch.cannot_serve(x) or launch.cannot_serve(key) or _too_wide(key)
+
+
+def forward(
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out_bias: Tensor | None,
+    residual: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    B, N, D = x.shape
+    H, P, D_out = value.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    key, value, bias = key.contiguous(), value.contiguous(), bias.contiguous()
+    dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
+    out = x.new_empty((B, N, D_out), dtype=dtype)
+    weights = key.new_empty((B, N, H, P) if keep else 0)
+    _launch(
+        folded_cross_attention_fwd_kernel,
+        "forward",
+        x,
+        key,
+        p_x=x,
+        p_key=key,
+        p_bias=bias,
+        p_value=value,
+        p_out_bias=out if out_bias is None else out_bias.contiguous(),
+        p_out=out,
+        p_weights=weights,
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        D=D,
+        D_OUT=D_out,
+        RESIDUAL=residual,
+        KEEP=keep,
+        HAS_BIAS=out_bias is not None,
+    )
+    return out, weights
+
+
+def can_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    weights: Tensor | None,
+    residual: bool,
+    needs: list[bool],
+) -> str | None:
+    """The reason why :func:`backward` cannot serve these arguments, or None."""
+    reason = launch.cannot_serve(grad)
+    if reason is None and weights is not None:
+        reason = launch.cannot_serve(weights)
+    return reason if reason is not None or value is None else _too_wide(value)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    weights: Tensor | None,
+    residual: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores' gradients and dx by the kernel; what is summed over all rows by the library, in a fixed order.
+
+    Its products read each operand once, at the speed of memory; a kernel here would read the same bytes.
+    """
+    dx, d_key, d_bias, d_value, d_out_bias = (grad.new_empty(0) for _ in range(5))
+    rows = grad.flatten(0, 1)
+    if needs[4]:
+        d_out_bias = rows.sum(0, dtype=torch.float32).to(grad.dtype)
+    if weights is None:
+        return dx, d_key, d_bias, d_value, d_out_bias
+    B, N, H, P = weights.shape
+    weights = weights.contiguous()
+    if value is not None:
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()
+        value = value.contiguous()
+        matrix = value if key is None else key.contiguous()
+        d_scores = torch.empty_like(weights) if needs[1] or needs[2] else weights
+        dx = grad.new_empty((B, N, matrix.shape[2])) if needs[0] else dx
+        _launch(
+            folded_cross_attention_bwd_kernel,
+            "backward",
+            grad,
+            value,
+            p_grad=grad,
+            p_key=matrix,
+            p_value=value,
+            p_weights=weights,
+            p_dx=dx,
+            p_ds=d_scores,
+            stride_gb=grad.stride(0),
+            stride_gn=grad.stride(1),
+            D=matrix.shape[2],
+            D_OUT=value.shape[2],
+            RESIDUAL=residual,
+            NEEDS_DX=needs[0],
+            NEEDS_DS=needs[1] or needs[2],
+        )
+        flat = d_scores.view(B * N, H * P)
+        if needs[1] and x is not None:
+            d_key = (flat.mT @ x.flatten(0, 1).to(flat.dtype)).view(H, P, x.shape[2])
+        if needs[2]:
+            d_bias = flat.sum(0, dtype=torch.float32).to(flat.dtype).view(H, P)
+    if needs[3]:
+        d_value = (weights.view(B * N, H * P).mT @ rows.to(weights.dtype)).view(H, P, grad.shape[2])
+    return dx, d_key, d_bias, d_value, d_out_bias
+
+
+def _too_wide(folded: Tensor) -> str | None:
+    H, P, _ = folded.shape
+    if P == 0:
+        return "there are no prompts"
+    total = config.split(H, P).total
+    most = config.limit(launch.architecture(folded.device), folded.element_size())
+    if total > most:
+        return f"{H} heads of {P} prompts fill {total} columns, and a program has room for {most} of {folded.dtype}"
+    return None
+
+
+def _launch(kernel: Any, name: str, rows: Tensor, folded: Tensor, **arguments: Any) -> None:
+    """Launch over the rows of [B, N, D], with the tiles and sizes for the matrices `folded` [H, P, D]."""
+    B, N, _ = rows.shape
+    H, P, _ = folded.shape
+    columns = config.split(H, P)
+    itemsize = folded.element_size()
+    wide_rows = rows.element_size() > itemsize
+    chosen = config.choose(launch.architecture(rows.device), name, columns.total, itemsize, wide_rows)
+    row_bytes = [stride * rows.element_size() for stride in rows.stride()[:2]]
+    launch.launch(
+        kernel,
+        (triton.cdiv(B * N, chosen.block_m),),
+        rows.device,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        M=B * N,
+        N=N,
+        H=H,
+        P=P,
+        H0=columns.heads[0],
+        H1=columns.heads[1],
+        P0=columns.prompts[0],
+        P1=columns.prompts[1],
+        RUN=math.gcd(P, columns.prompts[0], columns.prompts[1] or columns.prompts[0]),
+        BLOCK_M=chosen.block_m,
+        BLOCK_K=chosen.block_k,
+        BLOCK_D=chosen.block_d,
+        ALIGNED=all(size % 16 == 0 for size in (*row_bytes, rows.data_ptr())),
+        PRECISION=launch.input_precision(),
+        **arguments,
+    )

@@ -1,0 +1,124 @@
+"""How the H·P columns of folded cross-attention are cut into tiles, and the sizes of programs by architecture."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from itertools import product
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The tiles: groups of `heads` (h0, h1) times pieces of `prompts` (p0, p1), each a power of two or 0 for none."""
+
+    heads: tuple[int, int]
+    prompts: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.heads) * sum(self.prompts)
+
+    @property
+    def tiles(self) -> int:
+        return sum(1 for h, p in product(self.heads, self.prompts) if h * p)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_m` rows a program; `block_k` of the width a step on the way in, `block_d` on the way out."""
+
+    block_m: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, kernel, most columns, itemsize)
+Key = tuple[int, str, int, int]
+# Kept by what the compiler makes of them, without spills; no times were measured yet. Calls of more columns than any
+# entry has are left to the library's products: each program reads both folded matrices out of L2, so that wide ones
+# cost more traffic than the scores that are saved.
+TABLE: dict[Key, Config] = {
+    (0, "forward", 512, 2): Config(128, 128, 128, 4, 1),
+    (0, "forward", 512, 4): Config(128, 128, 128, 4, 1),
+    (0, "backward", 512, 2): Config(128, 128, 128, 4, 1),
+    (0, "backward", 512, 4): Config(128, 128, 128, 4, 1),
+    (80, "forward", 128, 2): Config(64, 64, 64, 4, 3),
+    (80, "forward", 192, 2): Config(64, 32, 64, 8, 3),
+    (80, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (80, "backward", 128, 2): Config(64, 64, 64, 4, 3),
+    (80, "backward", 192, 2): Config(64, 32, 64, 8, 3),
+    (80, "backward", 128, 4): Config(16, 32, 64, 4, 2),
+    (90, "forward", 192, 2): Config(64, 64, 64, 4, 3),
+    (90, "forward", 256, 2): Config(64, 64, 64, 4, 2),
+    (90, "forward", 288, 2): Config(64, 64, 64, 8, 2),
+    (90, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (90, "backward", 128, 2): Config(64, 64, 64, 4, 3),
+    (90, "backward", 256, 2): Config(64, 64, 64, 8, 3),
+    (90, "backward", 288, 2): Config(64, 64, 64, 8, 2),
+    (90, "backward", 128, 4): Config(16, 32, 64, 4, 2),
+    (100, "forward", 192, 2): Config(64, 64, 64, 8, 2),
+    (100, "forward", 256, 2): Config(64, 64, 32, 8, 2),
+    (100, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (100, "backward", 128, 2): Config(64, 64, 64, 4, 3),
+    (100, "backward", 256, 2): Config(64, 64, 64, 8, 2),
+    (100, "backward", 128, 4): Config(16, 32, 64, 4, 2),
+}
+
+# A product needs so many rows of its second factor; a tile costs about as much as so many columns of padding.
+_MIN_TILE, _TILE_COST = 16, 8
+
+
+@functools.cache
+def split(H: int, P: int) -> Columns:
+    """The tiles for H heads of P prompts with the least padding: 12 heads as 8 + 4, 20 prompts as 16 + 4."""
+    found = [
+        Columns(heads, prompts)
+        for heads, prompts in product(_sums(H), _sums(P))
+        if all(h * p >= _MIN_TILE or h * p == 0 for h, p in product(heads, prompts))
+    ]
+    return min(found, key=lambda c: (c.total + _TILE_COST * c.tiles, c.tiles))
+
+
+@functools.cache
+def limit(architecture: int, itemsize: int) -> int:
+    """The most columns that forward and backward both serve."""
+    return min(
+        max(columns for a, k, columns, size in TABLE if (a, k, size) == (architecture, kernel, itemsize))
+        for kernel in ("forward", "backward")
+    )
+
+
+@functools.cache
+def choose(architecture: int, kernel: str, columns: int, itemsize: int, wide_rows: bool = False) -> Config:
+    """The entry of the table with the least room for `columns` columns; no more than :func:`limit`.
+
+    `wide_rows`, float32 rows beside 16-bit matrices, are read in steps of half as many numbers: as many bytes.
+    """
+    chosen = TABLE[
+        min(
+            key
+            for key in TABLE
+            if (*key[:2], key[3]) == (architecture, kernel, itemsize) and key[2] >= columns
+        )
+    ]
+    return replace(chosen, block_k=chosen.block_k // 2) if wide_rows else chosen
+
+
+def candidates(key: Key) -> list[Config]:
+    """What to measure for one entry of the table: more rows a program read the matrices less often."""
+    if key[3] == 4:
+        return [Config(m, 32, d, 4, s) for m, d, s in product((16, 32), (32, 64), (2, 3))]
+    return [
+        Config(m, k, d, warps, stages)
+        for (m, warps), k, d, stages in product(((64, 4), (64, 8), (128, 8)), (32, 64), (32, 64), (2, 3))
+    ]
+
+
+def _sums(count: int) -> list[tuple[int, int]]:
+    """(a, b) with b <= a and a + b >= count, a a power of two, b another or 0; neither is all padding."""
+    powers = [1 << i for i in range(max(count, _MIN_TILE).bit_length() + 1)]
+    return [
+        (a, b) for a in powers for b in (0, *powers) if b <= a and a + b >= count and (b == 0 or a < count)
+    ]

@@ -1,0 +1,301 @@
+"""Folded cross-attention's kernels: softmax_h(x·keyᵀ + bias)·value (+ out_bias, + x), all heads of some rows a program.
+
+A program holds the scores of its rows for all H·P columns in registers, as up to four tiles: heads in two groups H0 and
+H1, each head's prompts in two pieces P0 and P1, powers of two (prompt_cross_attention_config.py). So a softmax ends
+within a program, x is read and the output written once, and what is read again for the residual are the program's own
+rows. The folded matrices are read anew by each program, out of the L2 cache.
+
+The backward is the mirror image: grad·valueᵀ, the softmax's gradient by the weights that the forward kept, then that
+times key.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _column(
+    H: tl.constexpr, P: tl.constexpr, H_START: tl.constexpr, P_START: tl.constexpr,
+    HEADS: tl.constexpr, PROMPTS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """For each column of a tile, its row in the folded matrices, and whether there is one.
+
+    RUN divides every place where a run of columns starts in memory.
+    """
+    o_c = tl.arange(0, HEADS * PROMPTS)
+    i_h = H_START + o_c // PROMPTS
+    i_p = P_START + o_c % PROMPTS
+    mask = i_h < H
+    if P_START + PROMPTS > P:
+        mask = mask & (i_p < P)
+    # Without the hints the weights are loaded one by one, by more pointers than there are registers.
+    return tl.max_contiguous(tl.multiple_of(i_h * P + i_p, RUN), PROMPTS), mask  # [HEADS·PROMPTS]
+
+
+@triton.jit
+def _row(o_m, M, N, p_base, stride_b, stride_n, ALIGNED: tl.constexpr):
+    """Where rows `o_m` of [B, N, D] start."""
+    i_m = tl.minimum(o_m, M - 1)
+    p_row = p_base + (i_m // N).to(tl.int64) * stride_b + (i_m % N).to(tl.int64) * stride_n
+    if ALIGNED:
+        p_row = tl.multiple_of(p_row, 16)
+    return p_row  # [BLOCK_M]
+
+
+@triton.jit
+def _score(acc, b_x, p_matrix, o_c, m_c, o_d, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x·matrixᵀ for one tile of columns and one step of the width."""
+    mask = m_c[:, None]
+    if D % BLOCK > 0:
+        mask = mask & (o_d < D)[None, :]
+    b_a = tl.load(p_matrix + o_c[:, None] * D + o_d[None, :], mask=mask, other=0.0)  # [C, BLOCK]
+    return tl.dot(b_x, tl.trans(b_a), acc=acc, input_precision=PRECISION)  # [BLOCK_M, C]
+
+
+@triton.jit
+def _scores(
+    p_row, m_row, p_matrix, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11,
+    D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rows·matrixᵀ in four tiles; those of no columns repeat the first, and no code is made of them."""
+    s_00 = tl.zeros([BLOCK_M, H0 * P0], tl.float32)
+    s_01 = s_00
+    s_10 = s_00
+    s_11 = s_00
+    if P1 > 0:
+        s_01 = tl.zeros([BLOCK_M, H0 * P1], tl.float32)
+    if H1 > 0:
+        s_10 = tl.zeros([BLOCK_M, H1 * P0], tl.float32)
+        if P1 > 0:
+            s_11 = tl.zeros([BLOCK_M, H1 * P1], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        o_d = start + tl.arange(0, BLOCK_K)
+        mask = m_row[:, None]
+        if D % BLOCK_K > 0:
+            mask = mask & (o_d < D)[None, :]
+        b_x = tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        b_x = b_x.to(p_matrix.dtype.element_ty)
+        s_00 = _score(s_00, b_x, p_matrix, o_00, m_00, o_d, D, BLOCK_K, PRECISION)
+        if P1 > 0:
+            s_01 = _score(s_01, b_x, p_matrix, o_01, m_01, o_d, D, BLOCK_K, PRECISION)
+        if H1 > 0:
+            s_10 = _score(s_10, b_x, p_matrix, o_10, m_10, o_d, D, BLOCK_K, PRECISION)
+            if P1 > 0:
+                s_11 = _score(s_11, b_x, p_matrix, o_11, m_11, o_d, D, BLOCK_K, PRECISION)
+    return s_00, s_01, s_10, s_11
+
+
+@triton.jit
+def _mix(acc, w, p_matrix, o_c, m_c, o_d, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w·matrix for one tile of columns and one piece of the width."""
+    mask = m_c[:, None]
+    if D % BLOCK > 0:
+        mask = mask & (o_d < D)[None, :]
+    b_v = tl.load(p_matrix + o_c[:, None] * D + o_d[None, :], mask=mask, other=0.0)  # [C, BLOCK]
+    return tl.dot(w, b_v, acc=acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK]
+
+
+@triton.jit
+def _mixed(
+    w_00, w_01, w_10, w_11, p_matrix, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+    D: tl.constexpr, H1: tl.constexpr, P1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weights·matrix for one piece of the width, over all four tiles."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = _mix(acc, w_00, p_matrix, o_00, m_00, o_d, D, BLOCK_D, PRECISION)
+    if P1 > 0:
+        acc = _mix(acc, w_01, p_matrix, o_01, m_01, o_d, D, BLOCK_D, PRECISION)
+    if H1 > 0:
+        acc = _mix(acc, w_10, p_matrix, o_10, m_10, o_d, D, BLOCK_D, PRECISION)
+        if P1 > 0:
+            acc = _mix(acc, w_11, p_matrix, o_11, m_11, o_d, D, BLOCK_D, PRECISION)
+    return acc  # [BLOCK_M, BLOCK_D]
+
+
+@triton.jit
+def _by_head(x, HEADS: tl.constexpr):
+    """[BLOCK_M, HEADS·PROMPTS] as [BLOCK_M, HEADS, PROMPTS], to reduce."""
+    return tl.reshape(x, [x.shape[0], HEADS, x.shape[1] // HEADS])
+
+
+@triton.jit
+def _spread(x, PROMPTS: tl.constexpr):
+    """One number for each head [BLOCK_M, HEADS], for each of its prompts [BLOCK_M, HEADS·PROMPTS].
+
+    So that arithmetic is on two dimensions, where Triton keeps the layout that products leave; on three it may choose
+    the loads' layout and move accumulators through shared memory.
+    """
+    x = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], PROMPTS])
+    return tl.reshape(x, [x.shape[0], x.shape[1] * PROMPTS])
+
+
+@triton.jit
+def _biased(s, p_bias, o_c, m_c, P: tl.constexpr, P_START: tl.constexpr, PROMPTS: tl.constexpr):
+    """Scores plus bias, -inf for prompts that pad; heads that pad stay finite."""
+    bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if P_START + PROMPTS > P:
+        bias = tl.where(P_START + tl.arange(0, s.shape[1]) % PROMPTS < P, bias, float("-inf"))
+    return s + bias[None, :]
+
+
+@triton.jit
+def _softmax(
+    s_0, s_1, p_bias, o_0, m_0, o_1, m_1, P: tl.constexpr,
+    HEADS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+):  # fmt: skip
+    """The softmax of each head of one group over both pieces of its prompts."""
+    s_0 = _biased(s_0, p_bias, o_0, m_0, P, 0, P0)
+    high = tl.max(_by_head(s_0, HEADS), 2)
+    if P1 > 0:
+        s_1 = _biased(s_1, p_bias, o_1, m_1, P, P0, P1)
+        high = tl.maximum(high, tl.max(_by_head(s_1, HEADS), 2))
+    w_0 = tl.exp(s_0 - _spread(high, P0))
+    total = tl.sum(_by_head(w_0, HEADS), 2)
+    w_1 = w_0
+    if P1 > 0:
+        w_1 = tl.exp(s_1 - _spread(high, P1))
+        total += tl.sum(_by_head(w_1, HEADS), 2)
+    inverse = 1.0 / total
+    w_0 *= _spread(inverse, P0)
+    if P1 > 0:
+        w_1 *= _spread(inverse, P1)
+    return w_0, w_1  # [BLOCK_M, HEADS·P0], [BLOCK_M, HEADS·P1]
+
+
+@triton.jit
+def _store(p_rows, m_row, w, o_c, m_c):
+    """Write one tile of columns into rows `p_rows` of [M, H·P]."""
+    tl.store(p_rows[:, None] + o_c[None, :], w, mask=m_row[:, None] & m_c[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "N", "stride_xb", "stride_xn"])
+def folded_cross_attention_fwd_kernel(
+    p_x, p_key, p_bias, p_value, p_out_bias, p_out, p_weights,
+    M, N, stride_xb, stride_xn,
+    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_OUT: tl.constexpr,
+    H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_M] of `out` [M, D_OUT] and, to KEEP, of the softmax `weights` [M, H·P]."""
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_m < M
+    p_row = _row(o_m, M, N, p_x, stride_xb, stride_xn, ALIGNED)
+    o_00, m_00 = _column(H, P, 0, 0, H0, P0, RUN)
+    o_01, m_01 = _column(H, P, 0, P0, H0, P1 if P1 > 0 else P0, RUN)
+    o_10, m_10 = _column(H, P, H0, 0, H1 if H1 > 0 else H0, P0, RUN)
+    o_11, m_11 = _column(H, P, H0, P0, H1 if H1 > 0 else H0, P1 if P1 > 0 else P0, RUN)
+    s_00, s_01, s_10, s_11 = _scores(
+        p_row, m_row, p_key, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11,
+        D, H0, H1, P0, P1, BLOCK_M, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    dtype = p_value.dtype.element_ty
+    w_00, w_01 = _softmax(s_00, s_01, p_bias, o_00, m_00, o_01, m_01, P, H0, P0, P1)
+    w_00, w_01 = w_00.to(dtype), w_01.to(dtype)
+    w_10, w_11 = w_00, w_01
+    if H1 > 0:
+        w_10, w_11 = _softmax(s_10, s_11, p_bias, o_10, m_10, o_11, m_11, P, H1, P0, P1)
+        w_10, w_11 = w_10.to(dtype), w_11.to(dtype)
+    if KEEP:
+        p_kept = p_weights + o_m.to(tl.int64) * (H * P)
+        _store(p_kept, m_row, w_00, o_00, m_00)
+        if P1 > 0:
+            _store(p_kept, m_row, w_01, o_01, m_01)
+        if H1 > 0:
+            _store(p_kept, m_row, w_10, o_10, m_10)
+            if P1 > 0:
+                _store(p_kept, m_row, w_11, o_11, m_11)
+    p_out += o_m.to(tl.int64)[:, None] * D_OUT
+    for start in range(0, D_OUT, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        m_d = o_d < D_OUT
+        acc = _mixed(
+            w_00, w_01, w_10, w_11, p_value, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+            D_OUT, H1, P1, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        mask = m_row[:, None] & m_d[None, :]
+        if HAS_BIAS:
+            acc += tl.load(p_out_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            acc += tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_out + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load(p_rows, m_row, o_c, m_c):
+    """One tile of columns of rows `p_rows` of [M, H·P]."""
+    return tl.load(p_rows[:, None] + o_c[None, :], mask=m_row[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _d_softmax(
+    d_0, d_1, p_rows, m_row, o_0, m_0, o_1, m_1, HEADS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
+):
+    """Gradients of the scores of one group of heads, from those of the weights, which lie at `p_rows`."""
+    w_0 = _load(p_rows, m_row, o_0, m_0).to(tl.float32)
+    delta = tl.sum(_by_head(w_0 * d_0, HEADS), 2)
+    w_1 = w_0
+    if P1 > 0:
+        w_1 = _load(p_rows, m_row, o_1, m_1).to(tl.float32)
+        delta += tl.sum(_by_head(w_1 * d_1, HEADS), 2)
+    d_0 = w_0 * (d_0 - _spread(delta, P0))
+    if P1 > 0:
+        d_1 = w_1 * (d_1 - _spread(delta, P1))
+    return d_0, d_1  # [BLOCK_M, HEADS·P0], [BLOCK_M, HEADS·P1]
+
+
+@triton.jit(do_not_specialize=["M", "N", "stride_gb", "stride_gn"])
+def folded_cross_attention_bwd_kernel(
+    p_grad, p_key, p_value, p_weights, p_dx, p_ds,
+    M, N, stride_gb, stride_gn,
+    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_OUT: tl.constexpr,
+    H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_M] of the scores' gradient `ds` [M, H·P] and of `dx` [M, D], the forward's mirror image."""
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_m < M
+    p_row = _row(o_m, M, N, p_grad, stride_gb, stride_gn, ALIGNED)
+    o_00, m_00 = _column(H, P, 0, 0, H0, P0, RUN)
+    o_01, m_01 = _column(H, P, 0, P0, H0, P1 if P1 > 0 else P0, RUN)
+    o_10, m_10 = _column(H, P, H0, 0, H1 if H1 > 0 else H0, P0, RUN)
+    o_11, m_11 = _column(H, P, H0, P0, H1 if H1 > 0 else H0, P1 if P1 > 0 else P0, RUN)
+    d_00, d_01, d_10, d_11 = _scores(
+        p_row, m_row, p_value, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11,
+        D_OUT, H0, H1, P0, P1, BLOCK_M, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    dtype = p_weights.dtype.element_ty
+    o_row = tl.minimum(o_m, M - 1).to(tl.int64)
+    p_kept = p_weights + o_row * (H * P)
+    s_00, s_01 = _d_softmax(d_00, d_01, p_kept, m_row, o_00, m_00, o_01, m_01, H0, P0, P1)
+    s_00, s_01 = s_00.to(dtype), s_01.to(dtype)
+    s_10, s_11 = s_00, s_01
+    if H1 > 0:
+        s_10, s_11 = _d_softmax(d_10, d_11, p_kept, m_row, o_10, m_10, o_11, m_11, H1, P0, P1)
+        s_10, s_11 = s_10.to(dtype), s_11.to(dtype)
+    if NEEDS_DS:
+        p_made = p_ds + o_row * (H * P)
+        _store(p_made, m_row, s_00, o_00, m_00)
+        if P1 > 0:
+            _store(p_made, m_row, s_01, o_01, m_01)
+        if H1 > 0:
+            _store(p_made, m_row, s_10, o_10, m_10)
+            if P1 > 0:
+                _store(p_made, m_row, s_11, o_11, m_11)
+    if NEEDS_DX:
+        p_dx += o_row[:, None] * D
+        for start in range(0, D, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            acc = _mixed(
+                s_00, s_01, s_10, s_11, p_key, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+                D, H1, P1, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            mask = m_row[:, None] & (o_d < D)[None, :]
+            if RESIDUAL:
+                acc += tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(p_dx + o_d[None, :], acc.to(p_dx.dtype.element_ty), mask=mask)

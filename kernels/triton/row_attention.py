@@ -1,0 +1,347 @@
+"""Attention of a few query rows to the normed rows themselves, keys and values folded away (docs/shortcuts.md, 3).
+
+Keys and values are the same rows, so a program owns an image, walks over tiles of its rows with an online softmax and
+uses each tile twice, for the scores and for the context: a row is read once (twice where a backward of two launches
+spares registers). All query rows, class tokens times heads, are one tile. A tile is held as a tuple of pieces of
+BLOCK_D columns: a width of 768 is no power of two, and the sums over its columns need not all be live at once.
+
+The backward makes the scores in both orientations instead of transposing one: Triton up to 3.7.0 miscompiles a product
+with a computed, transposed operand on Hopper. Gradients of prompt rows that images share are partial sums, one per
+image, added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastprompt.kernels.triton import launch
+from fastprompt.kernels.triton.row_attention_config import Config, Kernel, choose, largest
+from fastprompt.kernels.triton.tiles import key_rows
+from fastprompt.kernels.triton.tiles import rows as row_starts
+
+MAX_QUERY_ROWS = 32
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _append(pieces, piece):
+    return pieces + (piece,)  # noqa: RUF005  (Triton knows no unpacking)
+
+
+@triton.jit
+def _zeros(PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Float32 pieces to accumulate in."""
+    pieces = ()
+    for _ in tl.static_range(PIECES):
+        pieces = _append(pieces, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+    return pieces  # PIECES times [BLOCK_M, BLOCK_D]
+
+
+@triton.jit
+def _load(p_row, m_row, PIECE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns PIECE·BLOCK_D and on of the rows at `p_row`; zeros beyond the width and where `m_row` is false."""
+    o_d = PIECE * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = m_row[:, None]
+    if (PIECE + 1) * BLOCK_D > WIDTH:
+        mask = mask & (o_d < WIDTH)[None, :]
+    return tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0)  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def _store(p_row, m_row, piece, PIECE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = PIECE * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = m_row[:, None]
+    if (PIECE + 1) * BLOCK_D > WIDTH:
+        mask = mask & (o_d < WIDTH)[None, :]
+    tl.store(p_row[:, None] + o_d[None, :], piece.to(p_row.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "N", "P"])
+def row_attention_fwd_kernel(
+    p_query, p_rows, p_prompt, p_context, p_lse, M, N, P,
+    stride_qb, stride_qm, stride_rb, stride_rn, stride_pb, stride_pn, stride_cb, stride_cm,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    p_q_row = row_starts(p_query + i_b * stride_qb, o_m, stride_qm, ALIGNED)
+    p_rows += i_b * stride_rb
+    p_prompt += i_b * stride_pb
+    total = tl.zeros([BLOCK_M], tl.float32)
+    high = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: -inf less -inf is a NaN
+    context = _zeros(PIECES, BLOCK_M, BLOCK_D)
+
+    for start in range(0, N + P, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < N + P
+        p_row = key_rows(p_rows, p_prompt, o_n, N, stride_rn, stride_pn, ALIGNED)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        tile = ()
+        for i_d in tl.static_range(PIECES):
+            b_q = _load(p_q_row, m_m, i_d, WIDTH, BLOCK_D)
+            b_row = _load(p_row, m_n, i_d, WIDTH, BLOCK_D)
+            s = tl.dot(b_q, tl.trans(b_row), acc=s, input_precision=PRECISION)
+            tile = _append(tile, b_row)
+        s = tl.where(m_n[None, :], s * LOG2E, float("-inf"))
+        higher = tl.maximum(high, tl.max(s, 1))
+        w = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(high - higher)
+        total = total * shrink + tl.sum(w, 1)
+        high = higher
+        w = w.to(p_rows.dtype.element_ty)
+        longer = ()
+        for i_d in tl.static_range(PIECES):
+            acc = context[i_d] * shrink[:, None]
+            longer = _append(longer, tl.dot(w, tile[i_d], acc=acc, input_precision=PRECISION))
+        context = longer
+
+    p_c_row = row_starts(p_context + i_b * stride_cb, o_m, stride_cm, ALIGNED)
+    for i_d in tl.static_range(PIECES):
+        _store(p_c_row, m_m, context[i_d] / total[:, None], i_d, WIDTH, BLOCK_D)
+    tl.store(p_lse + i_b * M + o_m, (high + tl.log2(total)) * LN2, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["M", "N", "P"])
+def row_attention_bwd_kernel(
+    p_grad, p_query, p_rows, p_prompt, p_context, p_lse, p_d_query, p_d_rows, p_d_prompt, M, N, P,
+    stride_gb, stride_gm, stride_qb, stride_qm, stride_rb, stride_rn, stride_pb, stride_pn, stride_cb, stride_cm,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_PROMPT: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients asked for; the outputs are contiguous. Without d(query), programs share an image's tiles."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    p_g_row = row_starts(p_grad + i_b * stride_gb, o_m, stride_gm, ALIGNED)
+    p_q_row = row_starts(p_query + i_b * stride_qb, o_m, stride_qm, ALIGNED)
+    p_c_row = row_starts(p_context + i_b * stride_cb, o_m, stride_cm, ALIGNED)
+    p_rows += i_b * stride_rb
+    p_prompt += i_b * stride_pb
+    p_d_rows += i_b * N * WIDTH
+    p_d_prompt += i_b * P * WIDTH
+    # Padded query rows get weights of 0 from an LSE of 1e30.
+    lse = tl.load(p_lse + i_b * M + o_m, mask=m_m, other=1.0e30) * LOG2E
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    d_query = _zeros(PIECES, BLOCK_M, BLOCK_D)
+    for i_d in tl.static_range(PIECES):
+        d_context = _load(p_g_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32)
+        delta += tl.sum(d_context * _load(p_c_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32), 1)
+
+    for start in range(tl.program_id(1) * BLOCK_N, N + P, tl.num_programs(1) * BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < N + P
+        p_row = key_rows(p_rows, p_prompt, o_n, N, stride_rn, stride_pn, ALIGNED)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        d_w = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        s_t = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        d_w_t = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        tile = ()
+        for i_d in tl.static_range(PIECES):
+            b_q = _load(p_q_row, m_m, i_d, WIDTH, BLOCK_D)
+            b_g = _load(p_g_row, m_m, i_d, WIDTH, BLOCK_D)
+            b_row = _load(p_row, m_n, i_d, WIDTH, BLOCK_D)
+            tile = _append(tile, b_row)
+            if NEED_QUERY:
+                s = tl.dot(b_q, tl.trans(b_row), acc=s, input_precision=PRECISION)
+                d_w = tl.dot(b_g, tl.trans(b_row), acc=d_w, input_precision=PRECISION)
+            if NEED_ROWS or NEED_PROMPT:
+                s_t = tl.dot(b_row, tl.trans(b_q), acc=s_t, input_precision=PRECISION)
+                d_w_t = tl.dot(b_row, tl.trans(b_g), acc=d_w_t, input_precision=PRECISION)
+
+        if NEED_QUERY:
+            w = tl.exp2(tl.where(m_n[None, :], s * LOG2E - lse[:, None], float("-inf")))
+            d_s = (w * (d_w - delta[:, None])).to(p_rows.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+            longer = ()
+            for i_d in tl.static_range(PIECES):
+                longer = _append(longer, tl.dot(d_s, tile[i_d], acc=d_query[i_d], input_precision=PRECISION))
+            d_query = longer
+        if NEED_ROWS or NEED_PROMPT:
+            w_t = tl.exp2(
+                tl.where(m_n[:, None], s_t * LOG2E - lse[None, :], float("-inf"))
+            )  # [BLOCK_N, BLOCK_M]
+            d_s_t = (w_t * (d_w_t - delta[None, :])).to(p_rows.dtype.element_ty)
+            w_t = w_t.to(p_rows.dtype.element_ty)
+            p_d_row = row_starts(p_d_rows, o_n, WIDTH, ALIGNED)
+            p_d_prompt_row = row_starts(p_d_prompt, o_n - N, WIDTH, ALIGNED)
+            for i_d in tl.static_range(PIECES):
+                d_row = tl.dot(d_s_t, _load(p_q_row, m_m, i_d, WIDTH, BLOCK_D), input_precision=PRECISION)
+                b_g = _load(p_g_row, m_m, i_d, WIDTH, BLOCK_D)
+                d_row = tl.dot(w_t, b_g, acc=d_row, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+                if NEED_ROWS:
+                    _store(p_d_row, o_n < N, d_row, i_d, WIDTH, BLOCK_D)
+                if NEED_PROMPT:
+                    _store(p_d_prompt_row, (o_n >= N) & m_n, d_row, i_d, WIDTH, BLOCK_D)
+
+    if NEED_QUERY:
+        p_d_query_row = row_starts(p_d_query + i_b * M * WIDTH, o_m, WIDTH, ALIGNED)
+        for i_d in tl.static_range(PIECES):
+            _store(p_d_query_row, m_m, d_query[i_d], i_d, WIDTH, BLOCK_D)
+
+
+def can_forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    M, D = query.shape[1:]
+    if M > MAX_QUERY_ROWS:
+        return f"it serves up to {MAX_QUERY_ROWS} query rows an image (rows read times heads), not {M}"
+    reason = launch.cannot_serve(query)
+    if reason is not None:
+        return reason
+    limit = largest(launch.architecture(query.device), query.element_size()) // _block_m(M)
+    if limit < D:
+        return f"with {M} query rows of {query.dtype} it serves widths up to {limit} here, not {D}"
+    return None
+
+
+def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch the forward; arguments and results as `folded_row_attention`'s."""
+    B, M, D = query.shape
+    query, rows, prompt_rows = _dense(query), _dense(rows), _prompts(rows, prompt_rows)
+    context = torch.empty((B, M, D), dtype=query.dtype, device=query.device)
+    lse = torch.empty((B, M), dtype=torch.float32, device=query.device)
+    config = _config(query, "forward")
+    launch.launch(
+        row_attention_fwd_kernel,
+        (B,),
+        query.device,
+        p_query=query,
+        p_rows=rows,
+        p_prompt=prompt_rows,
+        p_context=context,
+        p_lse=lse,
+        M=M,
+        N=rows.shape[1],
+        P=prompt_rows.shape[1],
+        stride_qb=query.stride(0),
+        stride_qm=query.stride(1),
+        stride_rb=rows.stride(0),
+        stride_rn=rows.stride(1),
+        stride_pb=prompt_rows.stride(0),
+        stride_pn=prompt_rows.stride(1),
+        stride_cb=context.stride(0),
+        stride_cm=context.stride(1),
+        **_tiles(config, query, (query, rows, prompt_rows, context)),
+    )
+    return context, lse
+
+
+def can_backward(
+    grad: Tensor, query: Tensor, rows: Tensor, prompt_rows: Tensor | None, *rest: object
+) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    return can_forward(query, rows, prompt_rows)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward; arguments and results as `folded_row_attention_backward`'s."""
+    need_query, need_rows, need_prompt = needs
+    B, M, D = query.shape
+    shared = prompt_rows is not None and prompt_rows.ndim == 2
+    if not (need_query or need_rows):
+        rows = rows[:, :0]
+    grad, query, rows, context = _dense(grad), _dense(query), _dense(rows), _dense(context)
+    prompt_rows = _prompts(rows, prompt_rows if need_query or need_prompt else None)
+    N, P = rows.shape[1], prompt_rows.shape[1]
+    d_query = query.new_empty((B, M, D) if need_query else 0)
+    d_rows = query.new_empty((B, N, D) if need_rows else 0)
+    d_prompt = query.new_empty(
+        (B, P, D) if need_prompt else 0, dtype=torch.float32 if shared else query.dtype
+    )
+    config = _config(query, "backward")
+    both = need_query and (need_rows or need_prompt)
+    # Each launch: does it make d(query), and does it make the gradients of the rows?
+    launches = ((True, False), (False, True)) if both and not config.fused else ((need_query, True),)
+    for with_query, with_rows in launches:
+        launch.launch(
+            row_attention_bwd_kernel,
+            (B, 1 if with_query else triton.cdiv(N + P, config.BLOCK_N)),
+            query.device,
+            p_grad=grad,
+            p_query=query,
+            p_rows=rows,
+            p_prompt=prompt_rows,
+            p_context=context,
+            p_lse=lse,
+            p_d_query=d_query,
+            p_d_rows=d_rows,
+            p_d_prompt=d_prompt,
+            M=M,
+            N=N,
+            P=P,
+            stride_gb=grad.stride(0),
+            stride_gm=grad.stride(1),
+            stride_qb=query.stride(0),
+            stride_qm=query.stride(1),
+            stride_rb=rows.stride(0),
+            stride_rn=rows.stride(1),
+            stride_pb=prompt_rows.stride(0),
+            stride_pn=prompt_rows.stride(1),
+            stride_cb=context.stride(0),
+            stride_cm=context.stride(1),
+            NEED_QUERY=with_query,
+            NEED_ROWS=with_rows and need_rows,
+            NEED_PROMPT=with_rows and need_prompt,
+            **_tiles(config, query, (grad, query, rows, prompt_rows, context)),
+        )
+    if need_prompt and shared:
+        d_prompt = d_prompt.sum(0).to(query.dtype)
+    return d_query, d_rows, d_prompt
+
+
+def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """What both kernels take besides tensors and strides."""
+    D = query.shape[2]
+    BLOCK_D = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
+    itemsize = query.element_size()
+    aligned = D * itemsize % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 and all(x.stride(i) * itemsize % 16 == 0 for i in (0, 1)) for x in tensors
+    )
+    return {
+        "WIDTH": D,
+        "PIECES": triton.cdiv(D, BLOCK_D),
+        "BLOCK_M": _block_m(query.shape[1]),
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_D": BLOCK_D,
+        "ALIGNED": aligned,
+        "PRECISION": launch.input_precision(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _config(query: Tensor, kernel: Kernel) -> Config:
+    size = _block_m(query.shape[1]) * query.shape[2]
+    return choose(launch.architecture(query.device), kernel, size, query.element_size())
+
+
+def _block_m(M: int) -> int:
+    return 16 if M <= 16 else 32
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with elements of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _prompts(rows: Tensor, prompt_rows: Tensor | None) -> Tensor:
+    """Prompt rows as [B, P, D]: shared ones with a batch stride of 0, none as P = 0."""
+    if prompt_rows is None:
+        return rows[:, :0]
+    return _dense(prompt_rows).expand(rows.shape[0], -1, -1)

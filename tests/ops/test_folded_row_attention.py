@@ -1,0 +1,308 @@
+"""folded_row_attention, the operator inside row_attention: rows that are keys and values at once, few query rows."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from numerics import (
+    assert_as_exact_as_eager,
+    assert_close,
+    by_dtype,
+    evaluate,
+    odd_strides,
+    packed,
+    saved_bytes,
+    transposed,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastprompt.ops import (
+    dispatch,
+    folded_row_attention,
+    folded_row_attention_reference,
+    row_attention,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+OPERATION = "folded_row_attention"
+OP = torch.ops.fastprompt.folded_row_attention
+BACKWARD = torch.ops.fastprompt.folded_row_attention_backward
+
+
+class Shape(NamedTuple):
+    """Sizes of one call; M is rows read times heads."""
+
+    B: int = 3
+    M: int = 3
+    N: int = 9
+    P: int = 4
+    D: int = 24
+
+
+SHAPES = {
+    "ViT-Ti": Shape(B=2, M=3, N=197, P=10, D=192),
+    "ViT-S": Shape(B=1, M=6, N=50, P=1, D=384),
+    "ViT-B": Shape(B=1, M=12, N=17, P=5, D=768),
+    "two rows of twelve heads": Shape(M=24, D=96),
+    "sixteen query rows": Shape(M=16, N=20, D=32),
+    "one row": Shape(B=4, N=1, P=0),
+    "one row, one prompt": Shape(B=4, N=1, P=1, M=1),
+    "no prompts": Shape(N=33, P=0, D=40),
+    "prompts only": Shape(N=0, P=6),
+    "many prompts": Shape(N=2, P=150),
+    "odd width": Shape(M=1, D=33),
+    "width 1000": Shape(B=1, M=2, D=1000),
+    "empty batch": Shape(B=0),
+}
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+by_kind = pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
+
+
+def draw(
+    shape: Shape, dtype: torch.dtype, device: str = "cpu", *, per_image: bool = False
+) -> dict[str, Tensor | None]:
+    B, M, N, P, D = shape
+    inputs: dict[str, Tensor | None] = {
+        "query": torch.randn(B, M, D) / D**0.5,
+        "rows": torch.randn(B, N, D),
+        "prompt_rows": torch.randn(*((B,) if per_image else ()), P, D),
+    }
+    return {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
+
+
+def plain(query: Tensor, rows: Tensor, prompt_rows: Tensor) -> Tensor:
+    """Plain PyTorch in the inputs' dtype."""
+    if prompt_rows.ndim == 2:
+        prompt_rows = torch.stack([prompt_rows] * len(rows)) if len(rows) else prompt_rows[None][:0]
+    every = torch.cat([rows, prompt_rows], 1)
+    return torch.matmul(torch.matmul(query, every.mT).softmax(-1), every)
+
+
+@by_dtype
+@by_kind
+@by_shape
+def test_output_and_gradients(
+    shape: Shape, per_image: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    inputs = draw(shape, dtype, device, per_image=per_image)
+    assert_as_exact_as_eager(folded_row_attention, plain, folded_row_attention_reference, inputs)
+
+
+NAMES = ("query", "rows", "prompt_rows")
+SUBSETS = [
+    {n for n, k in zip(NAMES, keep, strict=True) if k} for keep in product((0, 1), repeat=3) if any(keep)
+]
+
+
+@by_kind
+@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda names: " ".join(sorted(names)))
+def test_gradients_are_the_same_whichever_else_trains(
+    trainable: set[str], per_image: bool, backend: str, device: str
+) -> None:
+    inputs = draw(Shape(B=2), torch.float32, device, per_image=per_image)
+    cotangent = torch.randn(2, 3, 24)
+    got = evaluate(folded_row_attention, inputs, cotangent, trainable)
+    want = evaluate(folded_row_attention_reference, inputs, cotangent, trainable)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("layout", [packed, odd_strides, transposed], ids=lambda layout: layout.__name__)
+def test_strides_do_not_matter(layout, backend: str, device: str) -> None:
+    inputs = draw(Shape(B=2, N=5, D=16), torch.float32, device, per_image=True)
+    laid_out = {name: layout(x[:, :, None])[:, :, 0] for name, x in inputs.items()}  # type: ignore[index]
+    assert_as_exact_as_eager(
+        folded_row_attention, plain, folded_row_attention_reference, inputs, given=laid_out
+    )
+
+
+def test_expanded_rows_and_gradient(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float32, device)
+    inputs["rows"] = inputs["rows"][:1].expand(3, -1, -1)  # type: ignore[index]
+    cotangent = torch.randn(1, 1, 24).expand(3, 3, 24)
+    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
+    assert_close(*results, 1e-5)
+
+
+def test_large_scores_overflow_nowhere(backend: str, device: str) -> None:
+    inputs = draw(Shape(N=150, P=10), torch.float32, device)
+    inputs["query"] *= 300  # type: ignore[operator]
+    cotangent = torch.randn(3, 3, 24)
+    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
+    assert_close(*results, 1e-3)
+
+
+def test_very_negative_scores_of_all_rows_are_a_softmax_all_the_same(backend: str, device: str) -> None:
+    inputs = draw(Shape(), torch.float32, device)
+    for x in inputs.values():
+        x.abs_()  # type: ignore[union-attr]
+    inputs["query"] *= -200  # type: ignore[operator]
+    cotangent = torch.randn(3, 3, 24)
+    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
+    assert_close(*results, 1e-3)
+
+
+def test_log_sum_exp_is_that_of_the_scores(backend: str, device: str) -> None:
+    query, rows, prompt_rows = draw(Shape(), torch.float32, device).values()
+    _, lse = OP(query, rows, prompt_rows, backend)
+    every = torch.cat([rows, prompt_rows.expand(3, -1, -1)], 1)  # type: ignore[list-item, union-attr]
+    torch.testing.assert_close(lse, (query @ every.mT).logsumexp(-1))  # type: ignore[operator]
+
+
+def test_runs_are_equal_to_the_last_bit(backend: str, device: str) -> None:
+    inputs = draw(Shape(B=5, N=40), torch.float32, device)
+    cotangent = torch.randn(5, 3, 24)
+    first, second = (evaluate(folded_row_attention, inputs, cotangent) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_backend_by_name_goes_through_row_attention(backend: str, device: str) -> None:
+    maps = torch.randn(6, 16, device=device), torch.randn(6, 16, device=device)
+    arguments = (
+        torch.randn(2, 1, 2, 3, device=device),
+        torch.randn(2, 5, 16, device=device),
+        None,
+        *maps,
+        None,
+    )
+    out = row_attention(*arguments, backend=backend)
+    torch.testing.assert_close(out, row_attention(*arguments, backend="eager"))
+
+
+@pytest.mark.parametrize("shape", [Shape(M=33), Shape(B=1, D=1537), Shape(B=1, M=17, D=769)], ids=str)
+def test_what_the_kernel_does_not_hold_is_left_to_eager(shape: Shape, backend: str, device: str) -> None:
+    inputs = draw(shape, torch.float32, device)
+    reason = dispatch.why_not(OPERATION, backend, *inputs.values())
+    assert (reason is not None) == (backend == "triton")
+    assert reason is None or "it serves" in reason
+    torch.testing.assert_close(
+        folded_row_attention(**inputs, backend="eager"),  # type: ignore[arg-type]
+        folded_row_attention_reference(**inputs),  # type: ignore[arg-type]
+    )
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+@by_kind
+@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda names: " ".join(sorted(names)))
+def test_counted_operations_are_those_that_eager_executes(trainable: set[str], per_image: bool) -> None:
+    inputs = tuple(draw(Shape(), torch.float32, per_image=per_image).values())
+    needs = [name in trainable for name in NAMES]
+    context, lse = OP(*inputs, "eager")
+    arguments = (torch.ones_like(context), *inputs, context, lse, needs)
+    for run, operation, given in (
+        (OP, "folded_row_attention", inputs),
+        (BACKWARD, "folded_row_attention_backward", arguments),
+    ):
+        with FlopCounterMode(display=False) as counted:
+            run(*given, "eager")
+        with FlopCounterMode(display=False) as executed:
+            dispatch.run(operation, "eager", *given)
+        assert counted.get_total_flops() == executed.get_total_flops() > 0
+
+
+def test_image_rows_are_not_kept_when_prompt_rows_alone_train() -> None:
+    B, M, N, P, D = shape = Shape(B=2, N=50)
+    query, rows, prompt_rows = draw(shape, torch.float32).values()
+    kept = saved_bytes(
+        lambda: folded_row_attention(query, rows, prompt_rows.requires_grad_())  # type: ignore[arg-type, union-attr]
+    )
+    assert kept == 4 * (2 * B * M * D + P * D + B * M)
+    rows.requires_grad_()  # type: ignore[union-attr]
+    kept = saved_bytes(lambda: folded_row_attention(query, rows, prompt_rows))  # type: ignore[arg-type]
+    assert kept == 4 * (2 * B * M * D + B * N * D + P * D + B * M)
+
+
+# The operator -------------------------------------------------------------------------------------------------------
+
+
+@by_kind
+def test_gradcheck(per_image: bool) -> None:
+    inputs = draw(Shape(B=2, M=2, N=3, P=2, D=4), torch.float64, per_image=per_image)
+    tensors = tuple(x.requires_grad_() for x in inputs.values())  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(folded_row_attention, tensors)
+
+
+@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda names: " ".join(sorted(names)))
+def test_opcheck(trainable: set[str]) -> None:
+    inputs = draw(Shape(), torch.float32, per_image="rows" in trainable)
+    torch.library.opcheck(
+        OP.default, (*(x.requires_grad_(n in trainable) for n, x in inputs.items()), "auto")
+    )  # type: ignore[union-attr]
+
+
+def test_opcheck_without_prompts() -> None:
+    inputs = draw(Shape(), torch.float32)
+    query, rows = (inputs[name].requires_grad_() for name in ("query", "rows"))  # type: ignore[union-attr]
+    torch.library.opcheck(OP.default, (query, rows, None, "auto"))
+
+
+def test_opcheck_of_the_gradient() -> None:
+    inputs = tuple(draw(Shape(), torch.float32).values())
+    context, lse = OP(*inputs, "auto")
+    arguments = (torch.randn_like(context), *inputs, context, lse, [True, False, True], "auto")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(BACKWARD.default, arguments, test_utils=tests)
+
+
+def test_compiles_to_one_graph(fresh_compiler: None) -> None:
+    inputs = draw(Shape(), torch.float32)
+    cotangent = torch.randn(3, 3, 24)
+    compiled = torch.compile(folded_row_attention, fullgraph=True, backend="aot_eager")
+    assert_close(*(evaluate(f, inputs, cotangent) for f in (compiled, folded_row_attention)), 1e-6)
+
+
+def test_second_derivative_is_refused() -> None:
+    inputs = [x.requires_grad_() for x in draw(Shape(), torch.float32).values()]  # type: ignore[union-attr]
+    first = torch.autograd.grad(folded_row_attention(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"folded_row_attention_backward.*reference"):
+        sum(g.square().sum() for g in first).backward()  # type: ignore[union-attr]
+
+
+def test_vmap_is_a_loop() -> None:
+    query, rows, prompt_rows = draw(Shape(), torch.float64).values()
+    many = torch.stack([prompt_rows, prompt_rows * 2])  # type: ignore[list-item, operator]
+    got = torch.func.vmap(folded_row_attention, in_dims=(None, None, 0))(query, rows, many)
+    torch.testing.assert_close(got, torch.stack([folded_row_attention(query, rows, p) for p in many]))  # type: ignore[arg-type]
+
+
+def test_autocast_runs_it_in_bfloat16_and_leaves_float64_alone() -> None:
+    inputs = draw(Shape(), torch.float32)
+    low = {name: x.bfloat16() for name, x in inputs.items()}  # type: ignore[union-attr]
+    mixed = {**inputs, "rows": low["rows"]}
+    wide = {name: x.double() for name, x in inputs.items()}  # type: ignore[union-attr]
+    want, want_wide = folded_row_attention(**low), folded_row_attention(**wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(folded_row_attention(**mixed), want)  # type: ignore[arg-type]
+        assert torch.equal(folded_row_attention(**wide), want_wide)
+
+
+WRONG = {
+    "query": ({"query": (3, 24)}, r"`query` must be \[B, M, D\]; got \(3, 24\)"),
+    "width of rows": ({"rows": (3, 9, 25)}, r"`rows` must be \[B, N, D\] with B=3, D=24.*got \(3, 9, 25\)"),
+    "batch of rows": ({"rows": (2, 9, 24)}, r"got \(2, 9, 24\)"),
+    "width of prompts": ({"prompt_rows": (4, 23)}, r"`prompt_rows` must be \[P, D\].*got \(4, 23\)"),
+    "batch of prompts": ({"prompt_rows": (2, 4, 24)}, r"B=3, D=24; got \(2, 4, 24\)"),
+    "nothing to attend to": ({"rows": (3, 0, 24), "prompt_rows": (0, 24)}, "no row to attend to"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_shapes_are_named(change: dict[str, tuple[int, ...]], message: str) -> None:
+    inputs = {**draw(Shape(), torch.float32), **{name: torch.ones(s) for name, s in change.items()}}
+    with pytest.raises(ValueError, match=message):
+        folded_row_attention(**inputs)  # type: ignore[arg-type]
+
+
+def test_wrong_dtypes_and_devices_are_named() -> None:
+    inputs = draw(Shape(), torch.float32)
+    with pytest.raises(TypeError, match=r"`rows` is torch.float64 and `query` torch.float32; convert"):
+        folded_row_attention(**{**inputs, "rows": inputs["rows"].double()})  # type: ignore[union-attr, arg-type]
+    with pytest.raises(TypeError, match=r"`query` must be floating point; got torch.int64"):
+        folded_row_attention(**{name: x.long() for name, x in inputs.items()})  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"`prompt_rows` is on meta and `query` on cpu"):
+        folded_row_attention(**{**inputs, "prompt_rows": inputs["prompt_rows"].to("meta")})  # type: ignore[union-attr, arg-type]

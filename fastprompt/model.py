@@ -27,13 +27,14 @@ class PromptOutput(NamedTuple):
     method_loss: Tensor
 
 
-def get_prompt_model(model: nn.Module, config: PromptConfig) -> PromptModel:
+def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool = True) -> PromptModel:
     """Give a timm ViT the prompts that `config` describes; its weights are shared, and frozen but for the head.
 
     Args:
         model: timm's `VisionTransformer`, `VisionTransformerDistilled` or `Eva` (EVA02, DINOv3, ...), with blocks that
             fastprompt reads; before or after :func:`fastprompt.replace_attention`.
         config: such as :class:`fastprompt.VPTConfig`.
+        shortcuts: False runs every row through every block, as the papers' code does: the same numbers, more work.
 
     Returns:
         A `PromptModel` on the model's device and in its dtype.
@@ -47,6 +48,8 @@ def get_prompt_model(model: nn.Module, config: PromptConfig) -> PromptModel:
         raise TypeError("`get_prompt_model`: this model has prompts already; pass its `base`")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`get_prompt_model`: `model` must be a timm model; got {type(model).__name__}")
+    if not isinstance(shortcuts, bool):
+        raise TypeError(f"`get_prompt_model`: `shortcuts` must be True or False; got {shortcuts!r}")
     reason = backbone.model_reason(model)
     if reason is None and getattr(config, "backbone_train_mode", False):
         reason = _attention_dropout_reason(model)
@@ -55,7 +58,7 @@ def get_prompt_model(model: nn.Module, config: PromptConfig) -> PromptModel:
         reason = None if reason is None else f"pool={config.pool!r} cannot be had: {reason}"  # type: ignore[attr-defined]
     if reason is not None:
         raise NotImplementedError(f"`get_prompt_model`: {reason}")
-    return PromptModel(model, method_for(config, model), config)
+    return PromptModel(model, method_for(config, model), config, shortcuts)
 
 
 def _attention_dropout_reason(model: Any) -> str | None:
@@ -75,12 +78,15 @@ class PromptModel(nn.Module):
         base: the timm model: frozen, except for its head.
         prompts: `ParameterList`, one [P, D] for each prompted block ([P, project] with a projection).
         config: the method's configuration.
+        shortcuts: whether work that reaches neither logits nor gradients is left out; may be set at any time.
     """
 
     base: Any
     prompts: nn.ParameterList
 
-    def __init__(self, base: nn.Module, method: PromptMethod, config: PromptConfig) -> None:
+    def __init__(
+        self, base: nn.Module, method: PromptMethod, config: PromptConfig, shortcuts: bool = True
+    ) -> None:
         super().__init__()
         base.requires_grad_(False)
         for head in backbone.head_modules(base):
@@ -88,6 +94,7 @@ class PromptModel(nn.Module):
         self.base = base
         self.config = config
         self.method = method
+        self.shortcuts = shortcuts
         method.build(self)
         self.train(base.training)
 
@@ -237,7 +244,7 @@ class PromptModel(nn.Module):
         )
 
     def _read(self, tokens: int, carried: int) -> Reading:
-        return _reading(self.base, self.pool, tokens, carried)
+        return _reading(self, tokens, carried)
 
     def _run(
         self, images: Tensor, read: Any, on_block: Any = None, depth: int | None = None
@@ -258,6 +265,7 @@ class FoldedPromptModel(nn.Module):
         self.config = model.config
         self.method = model.method
         self.pool = model.pool
+        self.shortcuts = model.shortcuts
         with torch.no_grad():
             state = self.method.prepare(model, None, model._read)
         # Tensors become buffers, so that they follow `.to()`; what else the state holds is kept as it is.
@@ -288,14 +296,17 @@ class FoldedPromptModel(nn.Module):
         return self
 
     def _read(self, tokens: int, carried: int) -> Reading:
-        return _reading(self.base, self.pool, tokens, carried)
+        return _reading(self, tokens, carried)
 
 
 def _read_everything(tokens: int, carried: int) -> Reading:
     return Reading()
 
 
-def _reading(base: Any, pool: str, tokens: int, carried: int) -> Reading:
+def _reading(model: PromptModel | FoldedPromptModel, tokens: int, carried: int) -> Reading:
+    base, pool = model.base, model.pool
+    if not model.shortcuts:
+        return Reading()
     if pool == "backbone":
         return backbone.read_backbone(base, tokens, carried)
     if isinstance(base.norm, nn.Identity):

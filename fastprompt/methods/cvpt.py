@@ -3,7 +3,7 @@
 Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025. Nothing but prompts is added: the four maps are read off
 the block's self-attention. As prompts depend on no image they are folded through these maps once for the whole batch,
 if that is cheaper (:func:`fastprompt.ops.choose_form`); under prompt dropout each image has its own prompts, and they
-take the direct form.
+take the direct form. Without shortcuts all prompts are expanded to the batch and take it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class CVPT(PromptMethod):
         state = []
         for i, block in enumerate(base.blocks):
             p = model.prompts[i].to(next(base.parameters()).dtype)
-            if config.dropout > 0 and model.training and batch_size is not None:
-                p = F.dropout(p.expand(batch_size, -1, -1), config.dropout)
+            dropped = config.dropout > 0 and model.training
+            if batch_size is not None and (dropped or not model.shortcuts):
+                p = F.dropout(p.expand(batch_size, -1, -1), config.dropout, training=dropped)
             rows = read(0, 0).rows
             if i < self.depth - 1 or rows is None or config.insert == 1:
                 rows = per_image
             tokens = None if batch_size is None else batch_size * rows
-            state.append(Cross(config.insert, _prepare(block.attn, p, tokens)))
+            state.append(Cross(config.insert, _prepare(block.attn, p, tokens, fold=model.shortcuts)))
         return tuple(state)
 
     def run(
@@ -76,10 +77,10 @@ class CVPT(PromptMethod):
         return x, 0
 
 
-def _prepare(attn: Any, prompts: Tensor, tokens: int | None) -> Any:
+def _prepare(attn: Any, prompts: Tensor, tokens: int | None, *, fold: bool) -> Any:
     weights = vit.ATTENTION[type(attn)].plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
-    if choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
+    if fold and choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
         return fold_prompts(prompts, weights, H, attn.scale)
     return project_prompts(prompts, weights, H)
 

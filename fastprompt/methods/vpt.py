@@ -3,18 +3,20 @@
 In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt
 rows out, so that what a block computes for its prompt rows is read by nobody, unless the next block carries them on or
 the head averages them. Such prompts are keys and values only here, made once for the whole batch; they stand in the
-sequence only from the block on whose prompt rows are read.
+sequence only from the block on whose prompt rows are read. Without shortcuts every block's prompts stand in it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastprompt import backbone, blocks
 from fastprompt.blocks import BlockPrompts, Context
@@ -23,13 +25,13 @@ from fastprompt.methods.method import PromptMethod, Read, run_reading
 
 
 class VPTState(NamedTuple):
-    """Each block's prompts as keys and values (None where it has none), and the rows that enter block `carry_from`.
+    """Each block's prompts as keys and values, or as the rows that enter it in place of the carried ones, or None.
 
     GateVPT adds a temperature for each block and a gate for the first of them.
     """
 
     prompts: tuple[BlockPrompts | None, ...]
-    carried: Tensor | None
+    rows: tuple[Tensor | None, ...]
     temperatures: tuple[Tensor, ...] = ()
     gates: tuple[Tensor, ...] = ()
 
@@ -74,18 +76,18 @@ class VPT(PromptMethod):
     def prepare(self, model: Any, batch_size: int | None, read: Read) -> VPTState:
         base = model.base
         prompts: list[BlockPrompts | None] = [None] * self.depth
-        carried = None
+        rows: list[Tensor | None] = [None] * self.depth
         if self.config.num_prompts == 0:
-            return VPTState(tuple(prompts), None)
+            return VPTState(tuple(prompts), tuple(rows))
         folded = read(0, 0).rows is not None and blocks.folds(base.blocks[-1], backbone.has_rope(base))
         for i in range(self.prompted):
             p = self._prompts_of(model, i, batch_size)
-            if i == self.carry_from:
-                carried = p
+            if i == self.carry_from or not model.shortcuts:
+                rows[i] = p
             else:
                 last = i == self.depth - 1
                 prompts[i] = blocks.prepare_prompts(base.blocks[i], p, folded=folded and last)
-        return VPTState(tuple(prompts), carried)
+        return VPTState(tuple(prompts), tuple(rows))
 
     def run(
         self,
@@ -98,18 +100,23 @@ class VPT(PromptMethod):
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
         prefix, carried = base.num_prefix_tokens, 0
+        normed: Tensor | None = None
         if on_block is not None:
             on_block(-1, x)
-        for i, block in enumerate(base.blocks[:depth]):
-            if i == self.carry_from and state.carried is not None:
-                rows = state.carried.expand(x.shape[0], -1, -1)
-                carried = rows.shape[1]
-                x = torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
+        for i, (block, following) in enumerate(pairwise([*base.blocks[:depth], None])):
+            rows = state.rows[i]
+            if rows is not None:
+                entering = rows.expand(x.shape[0], -1, -1)
+                x = torch.cat([x[:, :prefix], entering, x[:, prefix + carried :]], dim=1)
+                carried, normed = entering.shape[1], None
             reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
             temperature = state.temperatures[i] if state.temperatures else None
             gate = state.gates[i] if i < len(state.gates) and carried else None
-            context = Context(ropes[i], carried, prefix, temperature, gate)
-            x = run_reading(base, block, x, reading, state.prompts[i], context)
+            context = Context(ropes[i], carried, prefix, temperature, gate, normed=normed)
+            if gate is not None and following is not None:
+                x, normed = _run_gated(base, block, x, following, state.prompts[i], context)
+            else:
+                x, normed = run_reading(base, block, x, reading, state.prompts[i], context), None
             if on_block is not None:
                 on_block(i, strip(x, prefix, carried))
         return x, carried
@@ -128,6 +135,13 @@ class VPT(PromptMethod):
     def _normed(self, model: Any, p: Tensor) -> Tensor:
         """Prompts [P, D] as they enter the model; DA-VPT norms them."""
         return p
+
+
+def _run_gated(base: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`fastprompt.blocks.run_gated`; recomputed in the backward if `base` has gradient checkpointing on."""
+    if getattr(base, "grad_checkpointing", False):
+        return checkpoint(blocks.run_gated, *arguments, use_reentrant=False)
+    return blocks.run_gated(*arguments)
 
 
 def strip(x: Tensor, prefix: int, carried: int) -> Tensor:

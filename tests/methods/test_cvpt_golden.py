@@ -12,14 +12,15 @@ import fastprompt
 from fastprompt.methods import cvpt
 
 CASES = golden_files.names("cvpt_")
-FORMS = ["auto", "folded", "direct"]
+FORMS = ["auto", "folded", "direct", "shortcuts off"]
 
 
-def prompt_model(case: golden_files.Case, **options: Any) -> Any:
+def prompt_model(case: golden_files.Case, form: str = "auto") -> Any:
     config = case.config
     model: Any = fastprompt.get_prompt_model(
         golden_files.backbone(False, num_classes=config["num_classes"]),
-        fastprompt.CVPTConfig(config["num_prompts"], insert=config["insert"], **options),
+        fastprompt.CVPTConfig(config["num_prompts"], insert=config["insert"]),
+        shortcuts=form != "shortcuts off",
     )
     with torch.no_grad():
         for mine, theirs in zip(model.prompts, case.tensors["prompt.Prompt_Tokens"], strict=True):
@@ -30,7 +31,7 @@ def prompt_model(case: golden_files.Case, **options: Any) -> Any:
 
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if form != "auto":
+    if form in ("folded", "direct"):
         monkeypatch.setattr(cvpt, "choose_form", lambda *args: form)
 
 
@@ -45,7 +46,7 @@ def test_logits_and_gradients_equal_the_official_code(
 ) -> None:
     use(form, monkeypatch)
     case = golden_files.load(name)
-    model = prompt_model(case).train()
+    model = prompt_model(case, form).train()
     logits = model(case.tensors["input"])
     torch.testing.assert_close(logits, case.tensors["logits"], rtol=1e-9, atol=1e-12)
     (logits * case.tensors["cotangent"]).sum().backward()
@@ -68,7 +69,7 @@ def test_all_rows_of_the_last_block_give_the_same_logits(name: str) -> None:
 def test_folded_model_gives_the_same_logits(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(form, monkeypatch)
     case = golden_files.load(name)
-    folded = prompt_model(case).fold()
+    folded = prompt_model(case, form).fold()
     torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["logits"], rtol=1e-9, atol=1e-12)
 
 

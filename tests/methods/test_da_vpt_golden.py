@@ -13,6 +13,7 @@ import fastprompt
 from fastprompt import DAVPTConfig
 
 CASES = [name for name in golden_files.names("davpt_") if name != "davpt_kmeans"]
+SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 POOLS = {"all": "all", "img": "image"}
 
 
@@ -46,11 +47,11 @@ def load(name: str) -> golden_files.Case:
     return case._replace(mean_pooled=name == "davpt_mean")
 
 
-def prompt_model(case: golden_files.Case) -> Any:
+def prompt_model(case: golden_files.Case, shortcuts: bool = True) -> Any:
     base: Any = golden_files.backbone(False, num_classes=case.config["num_classes"])
     if case.mean_pooled:
         base.global_pool = "avg"  # norm, then mean
-    model: Any = fastprompt.get_prompt_model(base, config_of(case))
+    model: Any = fastprompt.get_prompt_model(base, config_of(case), shortcuts=shortcuts)
     with torch.no_grad():
         for mine, theirs in zip(model.prompts, in_order(model, case, "prompt"), strict=True):
             mine.copy_(theirs)
@@ -86,10 +87,11 @@ def test_all_four_cases_are_there() -> None:
     assert len(CASES) == 4
 
 
+@SHORTCUTS
 @pytest.mark.parametrize("name", CASES)
-def test_logits_loss_and_gradients_equal_the_official_code(name: str) -> None:
+def test_logits_loss_and_gradients_equal_the_official_code(name: str, shortcuts: bool) -> None:
     case = load(name)
-    model = prompt_model(case).train()
+    model = prompt_model(case, shortcuts).train()
     output = model(case.tensors["input"], labels=case.tensors["labels"])
     torch.testing.assert_close(output.logits, case.tensors["logits"], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(output.method_loss, case.tensors["metric_loss"][0], rtol=1e-9, atol=1e-12)

@@ -11,9 +11,10 @@ import torch
 import fastprompt
 
 CASES = golden_files.names("gatevpt_")
+SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 
 
-def prompt_model(case: golden_files.Case) -> Any:
+def prompt_model(case: golden_files.Case, shortcuts: bool = True) -> Any:
     config = case.config
     model: Any = fastprompt.get_prompt_model(
         golden_files.backbone(case.mean_pooled),
@@ -26,6 +27,7 @@ def prompt_model(case: golden_files.Case) -> Any:
             pool="all" if case.mean_pooled else "backbone",
             dropout=config["DROPOUT"],
         ),
+        shortcuts=shortcuts,
     )
     with torch.no_grad():
         model.prompts[0].copy_(case.tensors["prompt.prompt_embeddings"][0])
@@ -38,10 +40,11 @@ def test_all_three_cases_are_there() -> None:
     assert len(CASES) == 3
 
 
+@SHORTCUTS
 @pytest.mark.parametrize("name", CASES)
-def test_features_and_gradients_equal_the_official_code(name: str) -> None:
+def test_features_and_gradients_equal_the_official_code(name: str, shortcuts: bool) -> None:
     case = golden_files.load(name)
-    model = prompt_model(case).train()
+    model = prompt_model(case, shortcuts).train()
     features = model(case.tensors["input"])
     torch.testing.assert_close(features, case.tensors["features"], rtol=1e-9, atol=1e-12)
     (features * case.tensors["cotangent"]).sum().backward()
@@ -54,10 +57,11 @@ def test_features_and_gradients_equal_the_official_code(name: str) -> None:
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
+@SHORTCUTS
 @pytest.mark.parametrize("name", CASES)
-def test_folded_model_gives_the_same_features(name: str) -> None:
+def test_folded_model_gives_the_same_features(name: str, shortcuts: bool) -> None:
     case = golden_files.load(name)
-    folded = prompt_model(case).fold()
+    folded = prompt_model(case, shortcuts).fold()
     torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["features"], rtol=1e-9, atol=1e-12)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from concat_vpt import ConcatVPT
 from timm.layers import DropPath
 from timm_families import CLASSES, DEPTH, FAMILIES, PROMPTABLE, images, randomise, small, vit
 from torch import Tensor, nn
 
 import fastprompt
+from bench.baselines import ConcatVPT
 from fastprompt import VPTConfig, backbone, blocks
 
 PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 1}}
@@ -234,13 +234,13 @@ def test_mean_then_norm_runs_fc2_of_the_last_block_on_one_row(monkeypatch: pytes
     assert hidden == [(7, 16, 192)] * (DEPTH - 1) + [(7, 1, 192)]
 
 
-def test_block_zero_saves_nothing_of_the_image_keys() -> None:
-    """Nothing before block 0 trains: its backward makes d(prompts) alone."""
+def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
+    """Nothing before block 0 trains."""
     model = prompted(small("vit"), VPTConfig(3))
     x, ropes = backbone.embed(model.base, images())
     state = model.method.prepare(model, 2, model._read)
     asked: list[list[bool]] = []
-    original = torch.ops.fastprompt.prompt_attention_backward
+    original = torch.ops.fastprompt.packed_prompt_attention_backward
 
     class Spy:
         def __call__(self, *args: Any) -> Any:
@@ -248,9 +248,9 @@ def test_block_zero_saves_nothing_of_the_image_keys() -> None:
             return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.fastprompt, "prompt_attention_backward", Spy(), raising=False)
+        patch.setattr(torch.ops.fastprompt, "packed_prompt_attention_backward", Spy(), raising=False)
         blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context()).sum().backward()
-    assert asked == [[False, False, False, True, True, False]]
+    assert asked == [[False, True, True, False]]
 
 
 def test_frozen_weights_get_no_gradient() -> None:

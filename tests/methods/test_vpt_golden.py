@@ -7,13 +7,14 @@ from typing import Any
 import golden_files
 import pytest
 import torch
-from concat_vpt import ConcatVPT
 from torch import Tensor, nn
 
 import fastprompt
+from bench.baselines import ConcatVPT
 from fastprompt.methods import vpt
 
 CASES = golden_files.names("vpt_")
+SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 POOLS = {"original": "backbone", "img_pool": "image", "prompt_pool": "prompt"}
 
 
@@ -24,12 +25,12 @@ def golden_prompts(case: golden_files.Case, kind: str) -> list[Tensor]:
     return [*first, *rest]
 
 
-def prompt_model(case: golden_files.Case) -> Any:
+def prompt_model(case: golden_files.Case, shortcuts: bool = True) -> Any:
     pool = POOLS[case.config["VIT_POOL_TYPE"]]
     if pool == "backbone" and case.mean_pooled:
         pool = "all"
     config = fastprompt.VPTConfig(case.config["NUM_TOKENS"], deep=case.config["DEEP"], pool=pool)
-    model = fastprompt.get_prompt_model(golden_files.backbone(case.mean_pooled), config)
+    model = fastprompt.get_prompt_model(golden_files.backbone(case.mean_pooled), config, shortcuts=shortcuts)
     with torch.no_grad():
         for mine, theirs in zip(model.prompts, golden_prompts(case, "prompt"), strict=True):
             mine.copy_(theirs)
@@ -49,10 +50,11 @@ def test_all_six_cases_are_there() -> None:
     assert len(CASES) == 6
 
 
+@SHORTCUTS
 @pytest.mark.parametrize("name", CASES)
-def test_features_and_gradients_equal_the_official_code(name: str) -> None:
+def test_features_and_gradients_equal_the_official_code(name: str, shortcuts: bool) -> None:
     case = golden_files.load(name)
-    check(prompt_model(case).train(), case)
+    check(prompt_model(case, shortcuts).train(), case)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,10 +65,11 @@ def test_the_concatenating_oracle_equals_the_official_code(name: str) -> None:
     check(ConcatVPT(golden_files.backbone(case.mean_pooled), list(model.prompts), model.pool), case)
 
 
+@SHORTCUTS
 @pytest.mark.parametrize("name", CASES)
-def test_folded_model_gives_the_same_features(name: str) -> None:
+def test_folded_model_gives_the_same_features(name: str, shortcuts: bool) -> None:
     case = golden_files.load(name)
-    folded = prompt_model(case).fold()
+    folded = prompt_model(case, shortcuts).fold()
     torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["features"], rtol=1e-9, atol=1e-12)
 
 

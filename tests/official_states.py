@@ -1,0 +1,106 @@
+"""States under the names of the official code, and models that do not hold their values yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import golden_files
+import torch
+from torch import Tensor, nn
+
+import fastprompt
+
+State = dict[str, Tensor]
+
+POOLS = {"original": "all", "img_pool": "image", "prompt_pool": "prompt", "all": "all"}
+CASES = [name for name in golden_files.names("") if name not in ("backbone_small", "davpt_kmeans")]
+
+
+def golden(name: str) -> tuple[Any, State, golden_files.Case]:
+    """A model for the golden case, with random numbers for all that trains; what was trained; the case."""
+    case = golden_files.load(name)
+    c, mean = case.config, case.mean_pooled or name == "davpt_mean"
+    config: fastprompt.PromptConfig
+    if name.startswith("vpt"):
+        pool: Any = POOLS[c["VIT_POOL_TYPE"]] if mean else "backbone"
+        config = fastprompt.VPTConfig(c["NUM_TOKENS"], deep=c["DEEP"], pool=pool)
+    elif name.startswith("gatevpt"):
+        pool = "all" if mean else "backbone"
+        config = fastprompt.GateVPTConfig(c["NUM_TOKENS"], num_gates=c["GATE_NUM"], pool=pool)
+    elif name.startswith("cvpt"):
+        config = fastprompt.CVPTConfig(c["num_prompts"], insert=c["insert"])
+    else:
+        config = fastprompt.DAVPTConfig(
+            c["num_prompts"],
+            c["proxy_prompt_len"],
+            (c["proxy_prompt_start_idx"], c["proxy_prompt_end_idx"]),
+            prompt_norm=c["vpt_norm"],
+            pool="all" if mean else "backbone",
+            tune="prompts+biases",
+        )
+    base: Any = golden_files.backbone(case.mean_pooled, num_classes=c.get("num_classes", 0))
+    if name == "davpt_mean":
+        base.global_pool = "avg"  # norm, then mean
+    model = fastprompt.get_prompt_model(base, config).eval()
+    state = {k.removeprefix("prompt."): t for k, t in case.tensors.items() if k.startswith("prompt.")}
+    if name.startswith("davpt"):  # DA-VPT+: what else has a gradient, with the backbone's values
+        split = separate(backbone_state())
+        gradients = [k.removeprefix("grad.") for k in case.tensors if k.startswith("grad.")]
+        state |= {k: split[k] for k in gradients if k not in state}
+    scramble(model)
+    return model, state, case
+
+
+def output(case: golden_files.Case) -> Tensor:
+    """The official code's output."""
+    return case.tensors["logits" if "logits" in case.tensors else "features"]
+
+
+def backbone_state() -> State:
+    """The golden backbone under timm's names, as MAE and MoCo v3 use them."""
+    return golden_files.load("backbone_small").tensors
+
+
+def scramble(model: nn.Module, frozen: bool = False) -> None:
+    """Random numbers for what trains (of a packed bias k's and v's part), or for everything."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if frozen:
+                p.normal_()
+            elif p.requires_grad:
+                (p[len(p) // 3 :] if name.endswith("qkv.bias") else p).normal_()
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + key: t for key, t in state.items()}
+
+
+def separate(state: State, parts: tuple[str, str, str] = ("q", "k", "v")) -> State:
+    """Packed maps apart, `attn.qkv` as `attn.q`, `attn.k` and `attn.v`."""
+    found = {}
+    for key, t in state.items():
+        if ".qkv." in key:
+            found |= {key.replace("qkv", part): third for part, third in zip(parts, t.chunk(3), strict=True)}
+        else:
+            found[key] = t
+    return found
+
+
+def jax_names(state: State) -> State:
+    """The backbone under the names of VPT's supervised ViT."""
+    names = {
+        "blocks.": "encoder.layer.",
+        "norm1.": "attention_norm.",
+        "norm2.": "ffn_norm.",
+        "mlp.": "ffn.",
+        "attn.proj.": "attn.out.",
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.": "embeddings.patch_embeddings.",
+    }
+    found = {}
+    for key, t in separate(state, ("query", "key", "value")).items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        found["encoder.encoder_" + key if key.startswith("norm.") else key] = t
+    return found

@@ -1,0 +1,266 @@
+"""States of the official code: tuned parameters by every golden case's own names, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import golden_files
+import pytest
+import torch
+from official_states import CASES, State, golden, output, prefixed
+
+import fastprompt
+from fastprompt import load_official_state_dict
+
+PREFIXES = [
+    "module.",
+    "model.",
+    "backbone.",
+    "enc.",
+    "enc.transformer.",
+    "module.enc.",
+    "module.model.backbone.",
+]
+
+
+def same_output(model: Any, case: golden_files.Case) -> None:
+    torch.testing.assert_close(model(case.tensors["input"]), output(case), rtol=1e-9, atol=1e-12)
+
+
+def vpt(num_prompts: int = 4, num_classes: int = 3, **options: Any) -> Any:
+    base = golden_files.backbone(False, num_classes=num_classes)
+    return fastprompt.get_prompt_model(base, fastprompt.VPTConfig(num_prompts, **options))
+
+
+def vpt_state(num_prompts: int = 4, num_classes: int = 3, deep: int = 2) -> State:
+    state = {
+        "prompt_embeddings": torch.randn(1, num_prompts, 64),
+        "head.last_layer.weight": torch.randn(num_classes, 64),
+        "head.last_layer.bias": torch.randn(num_classes),
+    }
+    if deep:
+        state["deep_prompt_embeddings"] = torch.randn(deep, num_prompts, 64)
+    return state
+
+
+def refused(model: Any, state: Any, strict: bool = True) -> list[str]:
+    """The lines of the error, after making sure that nothing changed."""
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="`load_official_state_dict`") as error:
+        load_official_state_dict(model, state, strict=strict)
+    for name, t in model.state_dict().items():
+        torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True)
+    return str(error.value).splitlines()
+
+
+def test_all_golden_cases_are_there() -> None:
+    assert len(CASES) == 18
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_state_gives_the_official_output(name: str) -> None:
+    model, state, case = golden(name)
+    with pytest.raises(AssertionError):
+        same_output(model, case)
+    report = load_official_state_dict(model, state)
+    assert set(report.loaded) == set(state)
+    assert report.missing == report.unexpected == report.ignored == ()
+    same_output(model, case)
+
+
+@pytest.mark.parametrize("name", ["vpt_deep_cls", "gatevpt_mean", "cvpt_insert3", "davpt_cls"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_are_stripped(name: str, prefix: str) -> None:
+    model, state, case = golden(name)
+    assert set(load_official_state_dict(model, prefixed(state, prefix)).loaded) == set(
+        prefixed(state, prefix)
+    )
+    same_output(model, case)
+
+
+@pytest.mark.parametrize("keys", [["model"], ["state_dict"], ["state_dict", "model"]], ids=".".join)
+def test_nested_states_are_unwrapped(keys: list[str]) -> None:
+    model, state, case = golden("vpt_deep_cls")
+    nested: Any = state
+    for key in keys:
+        nested = {"epoch": 3, "optimizer": {"state": {}}, key: nested}
+    load_official_state_dict(model, nested)
+    same_output(model, case)
+
+
+def test_parameters_stay_the_same_objects_in_their_own_dtype() -> None:
+    model, state, _ = golden("cvpt_insert3")
+    model.bfloat16()
+    before = {name: (id(p), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    load_official_state_dict(model, state)
+    assert {name: (id(p), p.dtype, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert torch.equal(model.prompts[1], state["Prompt_Tokens"][1].bfloat16())
+
+
+def test_head_of_vpt_has_its_own_name() -> None:
+    model, state = vpt(), vpt_state()
+    load_official_state_dict(model, state)
+    assert torch.equal(model.base.head.weight, state["head.last_layer.weight"].double())
+    assert torch.equal(model.base.head.bias, state["head.last_layer.bias"].double())
+
+
+def test_prompt_files_of_vpt_hold_arrays_and_no_head() -> None:
+    model, state = vpt(), vpt_state()
+    head = model.base.head.weight.clone()
+    arrays = {
+        "shallow_prompt": state["prompt_embeddings"].numpy(),
+        "deep_prompt": state["deep_prompt_embeddings"].numpy(),
+    }
+    assert refused(model, arrays)[1:] == ["- missing: base.head.weight", "- missing: base.head.bias"]
+    report = load_official_state_dict(model, arrays, strict=False)
+    assert report.missing == ("base.head.weight", "base.head.bias")
+    assert torch.equal(model.prompts[0], state["prompt_embeddings"][0].double())
+    assert torch.equal(model.prompts[2], state["deep_prompt_embeddings"][1].double())
+    assert torch.equal(model.base.head.weight, head)
+
+
+def test_partial_deep_prompts_and_projection() -> None:
+    model = vpt(num_classes=0, blocks=2, project=5)
+    state = {
+        "enc.transformer.prompt_embeddings": torch.randn(1, 4, 5),
+        "enc.transformer.deep_prompt_embeddings": torch.randn(1, 4, 5),
+        "enc.transformer.prompt_proj.weight": torch.randn(64, 5),
+        "enc.transformer.prompt_proj.bias": torch.randn(64),
+    }
+    load_official_state_dict(model, state)
+    for p, t in zip(
+        (*model.prompts, model.prompt_project.weight, model.prompt_project.bias), state.values(), strict=True
+    ):
+        assert torch.equal(p, t.view_as(p).double())
+
+
+def test_norm_of_da_vpts_prompts_and_no_unguided_blocks() -> None:
+    base = golden_files.backbone(False, num_classes=3)
+    config = fastprompt.DAVPTConfig(4, 2, (0, 2), prompt_norm="layer")
+    model: Any = fastprompt.get_prompt_model(base, config)
+    state = {
+        "proxy_prompt_tokens": torch.randn(3, 2, 64),
+        "other_prompt_tokens": torch.empty(0, 4, 64),
+        "vpt_norm.weight": torch.randn(64),
+        "vpt_norm.bias": torch.randn(64),
+        "head.weight": torch.randn(3, 64),
+        "head.bias": torch.randn(3),
+    }
+    assert load_official_state_dict(model, state).ignored == ("other_prompt_tokens",)
+    assert torch.equal(model.prompts[2], state["proxy_prompt_tokens"][2].double())
+    assert torch.equal(model.prompt_norm.weight, state["vpt_norm.weight"].double())
+    assert torch.equal(model.prompt_norm.bias, state["vpt_norm.bias"].double())
+
+
+def test_gate_vpt_without_gates_and_temperature_reads_plain_prompts() -> None:
+    base = golden_files.backbone(False)
+    model = fastprompt.get_prompt_model(base, fastprompt.GateVPTConfig(4, num_gates=0, temperature=False))
+    state = vpt_state(deep=0, num_classes=3)
+    del state["head.last_layer.weight"], state["head.last_layer.bias"]
+    load_official_state_dict(model, state)
+    assert torch.equal(model.prompts[0], state["prompt_embeddings"][0].double())
+
+
+def test_error_lists_everything_and_changes_nothing() -> None:
+    state = vpt_state()
+    state["side_alpha"] = torch.zeros(())
+    state["prompt_embeddings"] = torch.randn(1, 9, 64)
+    del state["head.last_layer.bias"]
+    lines = refused(vpt(), state)
+    assert lines[1:] == [
+        "- prompt_embeddings: is (1, 9, 64), the model's is (1, 4, 64); see `num_prompts` and `project` of the "
+        "configuration",
+        "- unexpected: side_alpha",
+        "- missing: base.head.bias",
+    ]
+
+
+def test_not_strict_reports_what_is_missing_and_unexpected() -> None:
+    model, state = vpt(), vpt_state()
+    state["side_alpha"] = torch.zeros(())
+    del state["deep_prompt_embeddings"]
+    kept = model.prompts[1].clone()
+    assert "strict=False" in refused(model, state)[0]
+    report = load_official_state_dict(model, state, strict=False)
+    assert report.missing == ("prompts.1", "prompts.2")
+    assert report.unexpected == ("side_alpha",)
+    assert set(report.loaded) == set(state) - {"side_alpha"}
+    assert torch.equal(model.prompts[0], state["prompt_embeddings"][0].double())
+    assert torch.equal(model.prompts[1], kept)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("options", "state", "remedy"),
+    [
+        ({}, {"deep": 3}, "see `deep`, `blocks`"),
+        ({"blocks": 2}, {}, "see `deep`, `blocks`"),
+        ({}, {"num_prompts": 5}, "`num_prompts`"),
+        ({}, {"num_classes": 5}, "`num_classes`"),
+    ],
+    ids=["more blocks", "fewer blocks", "prompts", "classes"],
+)
+def test_other_shapes_are_refused_with_the_remedy(
+    options: dict[str, Any], state: dict[str, int], remedy: str, strict: bool
+) -> None:
+    lines = refused(vpt(**options), vpt_state(**state), strict)
+    assert len(lines) >= 2
+    assert all(remedy in line for line in lines[1:])
+
+
+def test_deep_prompts_are_unexpected_in_a_shallow_model() -> None:
+    assert refused(vpt(deep=False), vpt_state())[1:] == ["- unexpected: deep_prompt_embeddings"]
+
+
+def test_trained_temperature_is_unexpected_where_it_is_fixed() -> None:
+    _, state, case = golden("gatevpt_cls")
+    config = fastprompt.GateVPTConfig(case.config["NUM_TOKENS"], num_gates=2, temperature=1.0)
+    model = fastprompt.get_prompt_model(golden_files.backbone(False), config)
+    assert refused(model, state)[1:] == ["- unexpected: temp"]
+
+
+CONFIGS = {"vpt_deep_cls": "VPT", "gatevpt_cls": "GateVPT", "cvpt_insert3": "CVPT", "davpt_cls": "DAVPT"}
+
+
+@pytest.mark.parametrize(("mine", "theirs"), list(itertools.permutations(CONFIGS, 2)))
+def test_state_of_another_method_is_refused(mine: str, theirs: str) -> None:
+    (line,) = refused(golden(mine)[0], golden(theirs)[1], strict=False)
+    assert f"make the model with `fastprompt.{CONFIGS[theirs]}Config`" in line
+
+
+def test_own_state_is_refused() -> None:
+    model = vpt()
+    (line,) = refused(model, model.state_dict())
+    assert "model.load_state_dict(state)" in line
+
+
+def test_two_names_for_one_parameter_are_refused() -> None:
+    state = vpt_state()
+    lines = refused(vpt(), {**state, "module.prompt_embeddings": state["prompt_embeddings"]})
+    assert lines[1:] == ["- module.prompt_embeddings: another name of the state means the same parameter"]
+
+
+def test_what_is_no_tensor_is_unexpected() -> None:
+    model = vpt()
+    extra = {"epoch": 3, "lr": torch.ones(3, device="meta"), 7: "seven"}
+    assert refused(model, {**vpt_state(), **extra})[1:] == [
+        "- unexpected: epoch",
+        "- unexpected: lr",
+        "- unexpected: 7",
+    ]
+
+
+def test_model_and_state_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="must be a PromptModel; got VisionTransformer"):
+        load_official_state_dict(golden_files.backbone(False), {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must map names to tensors; got str"):
+        load_official_state_dict(vpt(), "prompts.pth")  # type: ignore[arg-type]
+
+
+def test_empty_state_lacks_everything_that_trains() -> None:
+    lines = refused(vpt(), {})
+    assert lines[1:] == [
+        f"- missing: {name}"
+        for name in ("base.head.weight", "base.head.bias", "prompts.0", "prompts.1", "prompts.2")
+    ]

@@ -1,0 +1,114 @@
+"""`as_encoder`: the blocks of a prompted model as feature maps, for heads that predict something for every pixel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models._features import FeatureInfo
+from torch import Tensor, nn
+
+from fastprompt.model import PromptModel
+
+
+def as_encoder(model: PromptModel, indices: int | Sequence[int], *, norm: bool = False) -> PromptEncoder:
+    """Read a prompted model as the encoder of a dense head: images -> a map of patch features for each block asked for.
+
+    Args:
+        model: any method's; its parameters are shared, so that training the encoder trains the prompts.
+        indices: the blocks after which features are read, increasing; negative ones count from the end, an int asks for
+            the last so many.
+        norm: apply the model's final norm to each map.
+
+    Raises:
+        TypeError: `model` is no `PromptModel`, or `indices` are no integers.
+        ValueError: `indices` are empty, out of range or not increasing.
+        NotImplementedError: the model's patches form no grid.
+    """
+    if not isinstance(model, PromptModel):
+        raise TypeError(
+            f"`as_encoder`: `model` must be a PromptModel; got {type(model).__name__}; make one by `get_prompt_model`"
+        )
+    blocks = _blocks(indices, len(model.base.blocks))
+    reason = _no_grid_reason(model)
+    if reason is not None:
+        raise NotImplementedError(f"`as_encoder`: {reason}")
+    return PromptEncoder(model, blocks, norm)
+
+
+class PromptEncoder(nn.Module):
+    """Images [B, C, H, W] -> a list of maps [B, D, h, w]; made by :func:`as_encoder`.
+
+    Attributes:
+        model: the `PromptModel`.
+        indices: the blocks after which features are read.
+        feature_info: timm's `FeatureInfo` of these blocks: `channels()`, `reduction()`, `module_name()`.
+    """
+
+    model: PromptModel
+
+    def __init__(self, model: PromptModel, indices: list[int], norm: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.indices = indices
+        self.norm = norm
+        self.feature_info = FeatureInfo(copy.deepcopy(model.base.feature_info), tuple(indices))
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, C, H, W] -> one [B, D, h, w] for each of `indices`, without prompts.
+
+        Runs no further than the last of them.
+        """
+        return self.model.forward_intermediates(
+            images, indices=self.indices, norm=self.norm, stop_early=True, intermediates_only=True
+        )
+
+
+def _blocks(indices: int | Sequence[int], depth: int) -> list[int]:
+    def is_int(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    if is_int(indices):
+        if not 1 <= indices <= depth:  # type: ignore[operator]
+            raise ValueError(
+                f"`as_encoder`: `indices` must ask for the last 1 to {depth} blocks; got {indices}; for block "
+                f"{indices} alone pass [{indices}]"
+            )
+        return list(range(depth - indices, depth))  # type: ignore[operator]
+    if not isinstance(indices, Sequence) or isinstance(indices, str) or not all(map(is_int, indices)):
+        raise TypeError(
+            f"`as_encoder`: `indices` must be an int or integers; got {indices!r}; pass such as [2, 5, 8, 11]"
+        )
+    if not indices:
+        raise ValueError("`as_encoder`: `indices` must name at least one block; got none; pass such as [-1]")
+    outside = [i for i in indices if not -depth <= i < depth]
+    if outside:
+        raise ValueError(
+            f"`as_encoder`: `indices` must lie in {-depth}..{depth - 1}, the model has {depth} blocks; got {outside}"
+        )
+    blocks = [i % depth for i in indices]
+    if blocks != sorted(set(blocks)):
+        raise ValueError(
+            f"`as_encoder`: `indices` must increase, maps come in the order of the blocks; got {list(indices)}, "
+            f"which are blocks {blocks}; pass {sorted(set(blocks))}"
+        )
+    return blocks
+
+
+def _no_grid_reason(model: PromptModel) -> str | None:
+    """Why the patch tokens of this model are no map, or None."""
+    base: Any = model.base
+    embed = base.patch_embed
+    if not callable(getattr(embed, "dynamic_feat_size", None)):
+        return (
+            f"{type(embed).__name__} says nothing of its grid of patches (`dynamic_feat_size`), so that tokens cannot "
+            "be laid out as a map; use a model with timm's PatchEmbed"
+        )
+    if getattr(base.patch_drop, "prob", 0) > 0 and getattr(model.config, "backbone_train_mode", False):
+        return (
+            f"patches are dropped in training (patch_drop_rate={base.patch_drop.prob} with backbone_train_mode=True), "
+            "and what is left is no map; build the model with patch_drop_rate=0"
+        )
+    return None

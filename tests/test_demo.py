@@ -1,7 +1,8 @@
-"""The demo: agreement with concatenation, its parts, and a smoke run through the command line."""
+"""The demo: agreement with the papers' form, its parts, and a smoke run through the command line."""
 
 import copy
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import fastprompt
-from fastprompt import cli
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig, cli
 from fastprompt.demo.backbone import UprightDigits, build, turn
-from fastprompt.demo.concat import ConcatVPT
-from fastprompt.demo.measure import compare, fastest_steps
+from fastprompt.demo.batches import batches_for
+from fastprompt.demo.measure import compare, fastest_steps, step_time
 from fastprompt.demo.probe import fit_probe
 from fastprompt.demo.protocol import LINEAR_PROBE, METHODS, Protocol
 from fastprompt.demo.report import QUICK_NOTE
-from fastprompt.demo.run import prepare, prompted, run
+from fastprompt.demo.run import prepare, prompted, run, tune
+from fastprompt.demo.twins import VPTTwin, twin
+from fastprompt.training import digits, split_per_class
 
 
 def small_vit(**kwargs: Any) -> VisionTransformer:
@@ -27,58 +31,106 @@ def small_vit(**kwargs: Any) -> VisionTransformer:
     return VisionTransformer(**{**sizes, "num_classes": 5, **kwargs})
 
 
-@pytest.mark.parametrize(
-    ("config", "vit"),
-    [
-        pytest.param(fastprompt.VPTConfig(5, deep=True), {}, id="deep"),
-        pytest.param(fastprompt.VPTConfig(5, deep=True, blocks=2), {}, id="partial deep"),
-        pytest.param(fastprompt.VPTConfig(5, deep=False), {}, id="shallow"),
-        pytest.param(fastprompt.VPTConfig(1, deep=True), {"reg_tokens": 2}, id="registers"),
-        pytest.param(
-            fastprompt.VPTConfig(5, deep=True), {"global_pool": "avg", "class_token": False}, id="mean"
-        ),
-    ],
-)
-def test_concatenation_and_fastprompt_are_one_function(
-    config: fastprompt.VPTConfig, vit: dict[str, Any]
-) -> None:
-    model = fastprompt.get_prompt_model(small_vit(**vit).double(), config).train()
-    twin = ConcatVPT.twin(model).train()
-    images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    logits, twin_logits = model(images), twin(images)
-    torch.testing.assert_close(logits, twin_logits, rtol=1e-10, atol=1e-10)
-    w = torch.randn_like(logits)
-    gradients = torch.autograd.grad((logits * w).sum(), [*model.prompts, model.base.head.weight])
-    twin_gradients = torch.autograd.grad((twin_logits * w).sum(), [*twin.prompts, twin.base.head.weight])
-    torch.testing.assert_close(gradients, twin_gradients, rtol=1e-10, atol=1e-10)
+TWINS: dict[str, tuple[PromptConfig, dict[str, Any]]] = {
+    "vpt-deep": (VPTConfig(5), {}),
+    "vpt-partial": (VPTConfig(5, blocks=2), {}),
+    "vpt-shallow": (VPTConfig(5, deep=False), {}),
+    "vpt-registers": (VPTConfig(1), {"reg_tokens": 2}),
+    "vpt-mean": (VPTConfig(5), {"global_pool": "avg", "class_token": False}),
+    "vpt-dropout": (VPTConfig(5, dropout=0.4), {}),
+    "gate-vpt": (GateVPTConfig(5, gate_init=0.5, dropout=0.0), {}),
+    "gate-vpt-dropout": (GateVPTConfig(5, num_gates=2, dropout=0.4), {}),
+    "cvpt": (CVPTConfig(5), {}),
+    "cvpt-dropout": (CVPTConfig(5, dropout=0.4), {}),
+    "da-vpt": (DAVPTConfig(5, 3, (1, 2), alpha=2.0), {}),
+    "da-vpt-nca-dropout": (DAVPTConfig(5, 3, (3, 3), criterion="proxy_nca", dropout=0.4), {}),
+}
+
+
+def logits_loss_and_gradients(model: Any, images: Tensor, labels: Tensor) -> tuple[Any, ...]:
+    torch.manual_seed(7)
+    logits, loss = model(images, labels) if isinstance(model, VPTTwin) else model(images, labels=labels)
+    loss = logits.new_zeros(()) if loss is None else loss
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    cotangent = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
+    found = torch.autograd.grad((logits * cotangent).sum() + loss, list(trained.values()))
+    return logits, loss, dict(zip(trained, found, strict=True))
+
+
+@pytest.mark.parametrize("case", TWINS)
+def test_the_papers_form_and_fastprompt_are_one_function(case: str) -> None:
+    config, vit = TWINS[case]
+    model: Any = fastprompt.get_prompt_model(small_vit(**vit).double(), config).train()
+    with torch.no_grad():
+        for p in model.prompts:
+            p.normal_()
+        if isinstance(config, GateVPTConfig):
+            model.temperature.copy_(
+                torch.tensor([0.005, 0.5, 2, 20])
+            )  # the clamp moves the first and the last
+        if isinstance(config, DAVPTConfig):
+            model.class_to_prompt.copy_(torch.tensor([2, 0, 1, 1, 0]))
+    other = twin(model).train()
+    images, labels = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 0, 4])
+    mine = logits_loss_and_gradients(model, images, labels)
+    theirs = logits_loss_and_gradients(other, images, labels)
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert isinstance(config, DAVPTConfig) == bool(theirs[1] > 0)
 
 
 def test_the_twin_shares_no_weight_with_the_model() -> None:
-    model = fastprompt.get_prompt_model(small_vit(), fastprompt.VPTConfig(2))
-    twin = ConcatVPT.twin(model)
-    pointers = {p.data_ptr() for p in model.parameters()}
-    assert pointers.isdisjoint(p.data_ptr() for p in twin.parameters())
+    for config, _ in TWINS.values():
+        model = fastprompt.get_prompt_model(small_vit(), config)
+        pointers = {p.data_ptr() for p in model.parameters()}
+        assert pointers.isdisjoint(p.data_ptr() for p in twin(model).parameters())
 
 
-def test_the_twin_refuses_what_it_does_not_compute() -> None:
-    model = fastprompt.get_prompt_model(small_vit(), fastprompt.VPTConfig(2, dropout=0.1))
-    with pytest.raises(NotImplementedError, match="needs VPT without dropout"):
-        ConcatVPT.twin(model)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (VPTConfig(2, project=3), "vpt needs project=None; got 3"),
+        (VPTConfig(2, pool="all"), "vpt needs pool='backbone'; got 'all'"),
+        (GateVPTConfig(2, temperature=0.5), "gate_vpt needs temperature=True; got 0.5"),
+        (CVPTConfig(2, insert=4), "cvpt needs insert=3; got 4"),
+        (DAVPTConfig(2, 2, (0, 0), tune="prompts+biases"), "da_vpt needs tune='prompts'"),
+    ],
+    ids=lambda value: value.method if isinstance(value, PromptConfig) else "",
+)
+def test_the_twin_refuses_what_it_does_not_compute(config: PromptConfig, message: str) -> None:
+    model = fastprompt.get_prompt_model(small_vit(), config)
+    with pytest.raises(NotImplementedError, match=message):
+        twin(model)
 
 
-def test_no_time_is_reported_where_the_two_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ConcatVPT.forward
-    monkeypatch.setattr(ConcatVPT, "forward", lambda self, images: plain(self, images) * 1.5)
-    model = fastprompt.get_prompt_model(small_vit(), fastprompt.VPTConfig(2))
+@pytest.mark.parametrize("name", METHODS)
+def test_the_demos_methods_have_a_twin(name: str) -> None:
+    backbone = build(Protocol().backbone, 5)
+    found = compare(
+        prompted(backbone, METHODS[name], 5, seed=0), torch.randn(5, 1, 8, 8), torch.arange(5), rounds=1
+    )
+    assert found.logit_difference < 1e-4
+    assert found.gradient_difference < 1e-4
+
+
+@pytest.mark.parametrize("off", ["logits", "gradients"])
+def test_no_time_is_reported_where_the_two_differ(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = VPTTwin.forward
+
+    def forward(self: VPTTwin, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, loss = plain(self, images, labels)
+        return logits * 1.5 if off == "logits" else logits.detach() + 1.5 * (logits - logits.detach()), loss
+
+    monkeypatch.setattr(VPTTwin, "forward", forward)
+    model = fastprompt.get_prompt_model(small_vit(), VPTConfig(2))
     with pytest.raises(RuntimeError, match="no time is reported"):
         compare(model, torch.randn(4, 1, 8, 8), torch.arange(4), rounds=1)
 
 
 def test_compare_measures_both() -> None:
-    model = fastprompt.get_prompt_model(small_vit(), fastprompt.VPTConfig(2))
+    model = fastprompt.get_prompt_model(small_vit(), VPTConfig(2))
     found = compare(model, torch.randn(4, 1, 8, 8), torch.arange(4), rounds=2)
     assert found.step_ms > 0
-    assert found.ratio == pytest.approx(found.concat_step_ms / found.step_ms)
+    assert found.ratio == pytest.approx(found.paper_step_ms / found.step_ms)
     assert found.logit_difference < 1e-5
 
 
@@ -87,6 +139,20 @@ def test_steps_take_turns_after_a_warm_up() -> None:
     times = fastest_steps([lambda: calls.append("a"), lambda: calls.append("b")], 2)
     assert calls == ["a", "b", "a", "b", "b", "a"]
     assert all(0 <= t < 1 for t in times)
+
+
+def test_the_shortest_time_is_the_clocks() -> None:
+    ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 24.0])
+    assert fastest_steps([lambda: None], 3, lambda: next(ticks)) == [3.0]
+
+
+def test_waiting_for_the_processor_is_no_time_of_the_step() -> None:
+    class Waiting(torch.nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            time.sleep(0.2)
+            return super().forward(images.flatten(1))
+
+    assert 0 < step_time(Waiting(64, 5), torch.randn(4, 1, 8, 8), torch.arange(4), rounds=2) < 100
 
 
 def test_turning_turns_only_the_chosen_images() -> None:
@@ -100,6 +166,34 @@ def test_upright_scores_are_every_second() -> None:
     model = build(Protocol.quick().backbone, 10).eval()
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(UprightDigits(model)(images), model(images)[:, ::2])
+
+
+def test_da_vpt_gets_equally_many_images_of_each_class_in_every_batch() -> None:
+    data, _ = split_per_class(digits(range(5, 10)), 50, seed=0)
+    balanced = batches_for(METHODS["DA-VPT"].config, data, 20, seed=0)
+    assert len(balanced) == 3
+    first, second = list(balanced), list(balanced)
+    for images, labels in first + second:
+        assert images.shape == (20, 1, 8, 8)
+        assert labels.bincount().tolist() == [4] * 5
+    assert not torch.equal(first[0][0], second[0][0]), "every pass draws anew"
+    again = next(iter(batches_for(METHODS["DA-VPT"].config, data, 20, seed=0)))
+    assert torch.equal(again[0], first[0][0])
+    others = [
+        labels.bincount(minlength=5).tolist() for _, labels in batches_for(VPTConfig(2), data, 20, seed=0)
+    ]
+    assert any(counts != [4] * 5 for counts in others)
+
+
+def test_da_vpt_fits_its_class_map_before_it_is_tuned() -> None:
+    protocol = Protocol.quick()
+    prepared = prepare(protocol)
+    method = protocol.methods["DA-VPT"]
+    train, _ = split_per_class(prepared.pool, protocol.labelled, seed=0)
+    model: Any = prompted(prepared.backbone, method, 5, seed=0)
+    assert model.class_centroids.isnan().all()
+    tune(model, train, method, protocol, seed=0)
+    assert model.class_centroids.isfinite().all()
 
 
 def test_linear_probe_separates_what_a_line_separates() -> None:

@@ -1,9 +1,9 @@
 """What the demo does with which numbers: sizes, methods, learning rates. docs/demo.md says how they were chosen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fastprompt.config import PromptConfig, VPTConfig
+from fastprompt.config import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
 LINEAR_PROBE = "Linear probe"
 
@@ -20,6 +20,9 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "VPT-Shallow": Method(VPTConfig(32, deep=False), lr=0.1),
     "VPT-Deep": Method(VPTConfig(32, deep=True), lr=0.1),
+    "GateVPT": Method(GateVPTConfig(32), lr=0.2),
+    "CVPT": Method(CVPTConfig(32), lr=0.1),
+    "DA-VPT": Method(DAVPTConfig(32, 5, (6, 7)), lr=0.05),
 }
 
 
@@ -50,10 +53,10 @@ class Protocol:
     pool: int = 350  # images that labelled ones are drawn from; all others are the test set
     labelled: int = 200
     seeds: int = 3
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 20
     timing_batch: int = 64
-    timing_rounds: int = 40
+    timing_rounds: int = 20
     meaningful: bool = True
 
     @classmethod
@@ -75,4 +78,7 @@ class Protocol:
 
 
 def _few(config: PromptConfig) -> PromptConfig:
-    return type(config).from_dict({**config.to_dict(), "num_prompts": 2})
+    """With 2 prompts, for a backbone of 2 blocks."""
+    if isinstance(config, DAVPTConfig):
+        return replace(config, num_prompts=2, guided_blocks=(0, 1))
+    return replace(config, num_prompts=2)  # type: ignore[call-arg]

@@ -13,7 +13,7 @@ COLUMNS = (
     "Accuracy, %",
     "Trained parameters",
     "Step, ms",
-    "Concat / fastprompt",
+    "Papers' form / fastprompt",
     "Largest logit difference",
 )
 ALIGN_LEFT = 1  # columns from here on hold numbers
@@ -43,10 +43,12 @@ def summary(results: Results) -> list[str]:
         f"{protocol.backbone.held_out} held-out images of {_span(protocol.seen_classes)}, then frozen.",
         f"Accuracy: on {len(prepared.test)} held-out images of {_span(protocol.new_classes)} after tuning on "
         f"{protocol.labelled}; mean ± standard deviation over {protocol.seeds} draws of these.",
-        f"Step: fastest of {protocol.timing_rounds} training steps on {protocol.timing_batch} images; "
-        "concat / fastprompt: how many times longer the same step takes with concatenated prompts.",
+        f"Step: fastest of {protocol.timing_rounds} training steps on {protocol.timing_batch} images (on a CPU: "
+        "processor time); "
+        "papers' form / fastprompt: how many times longer the same step takes as one writes it on timm.",
         f"{results.environment['device']}; torch {results.environment['torch']}, timm "
-        f"{results.environment['timm']}; {results.seconds['total']:.0f} s in all.",
+        f"{results.environment['timm']}; {results.seconds['total']:.0f} s in all, "
+        f"{results.seconds['processor']:.0f} s of processor time.",
     ]
 
 

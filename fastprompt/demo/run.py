@@ -12,7 +12,9 @@ import timm
 import torch
 
 import fastprompt
+from fastprompt.config import DAVPTConfig
 from fastprompt.demo.backbone import train_backbone
+from fastprompt.demo.batches import batches_for
 from fastprompt.demo.measure import Comparison, compare, step_time
 from fastprompt.demo.probe import features, probe
 from fastprompt.demo.protocol import LINEAR_PROBE, Method, Protocol
@@ -83,7 +85,7 @@ class Results:
 def run(protocol: Protocol, progress: Progress | None = None) -> Results:
     """Run the demo; `progress` hears of every update.
 
-    Raises RuntimeError where fastprompt and the concatenating implementation differ.
+    Raises RuntimeError where fastprompt and the papers' form differ.
     """
     with one_thread():
         return _run(protocol, progress)
@@ -102,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _run(protocol: Protocol, progress: Progress | None) -> Results:
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     prepared = prepare(protocol, progress)
     seconds = {"backbone": time.perf_counter() - begin}
 
@@ -113,6 +115,7 @@ def _run(protocol: Protocol, progress: Progress | None) -> Results:
 
     _time(prepared, rows, protocol, progress)
     seconds["total"] = time.perf_counter() - begin
+    seconds["processor"] = time.process_time() - begin_cpu
     return Results(protocol, prepared, rows, _environment(_device(prepared)), seconds)
 
 
@@ -186,10 +189,12 @@ def tune(
     seed: int,
     progress: Callable[[TrainingStep], None] | None = None,
 ) -> History:
-    """Tune on `train` as the protocol says; also what the search for learning rates runs."""
+    """Tune on `train` as the protocol says; also what the search runs."""
+    if isinstance(method.config, DAVPTConfig):
+        model.fit_class_map(Batches(train, protocol.batch_size, seed=seed))
     return fit(
         model,
-        Batches(train, protocol.batch_size, seed=seed, distort=True),
+        batches_for(method.config, train, protocol.batch_size, seed=seed),
         epochs=protocol.epochs,
         lr=method.lr,
         weight_decay=method.weight_decay,

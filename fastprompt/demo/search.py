@@ -5,7 +5,9 @@ pool.
 """
 
 import argparse
+import json
 from dataclasses import replace
+from typing import Any
 
 from fastprompt.demo.protocol import METHODS, Method, Protocol
 from fastprompt.demo.run import Prepared, one_thread, prepare, prompted, tune
@@ -31,18 +33,27 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--lr", nargs="+", type=float, default=list(LEARNING_RATES))
     parser.add_argument("--seeds", type=int, default=Protocol().seeds)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="other values of the methods' configurations, in JSON",
+    )
     args = parser.parse_args()
     protocol = Protocol(seeds=args.seeds)
+    fields = {field: json.loads(value) for field, _, value in (item.partition("=") for item in args.set)}
     with one_thread():
-        _search(protocol, args.methods, args.lr)
+        _search(protocol, args.methods, args.lr, fields)
 
 
-def _search(protocol: Protocol, methods: list[str], rates: list[float]) -> None:
+def _search(protocol: Protocol, methods: list[str], rates: list[float], fields: dict[str, Any]) -> None:
     prepared = prepare(protocol)
     print(f"backbone: {100 * prepared.backbone_accuracy:.1f} %", flush=True)
     for name in methods:
+        config = replace(METHODS[name].config, **fields)
         for lr in rates:
-            accuracies = validate(prepared, replace(METHODS[name], lr=lr), protocol)
+            accuracies = validate(prepared, replace(METHODS[name], config=config, lr=lr), protocol)
             mean = sum(accuracies) / len(accuracies)
             each = " ".join(f"{100 * a:.0f}" for a in accuracies)
             print(f"{name:<12} lr={lr:<6} {100 * mean:.1f} %  ({each})", flush=True)

@@ -1,14 +1,22 @@
-"""How things are measured: interleaved rounds, quantiles, operations, bytes saved, and what machine it was."""
+"""How things are measured: interleaved rounds on a CPU or a GPU, rows as data, operations, memory, and what machine.
+
+On a GPU each operation is captured as a CUDA graph of one call for each of several sets of inputs, together larger than
+the cache, and CUDA events time its replays: no launch gaps, and nothing read from a warm cache.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +26,214 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], Any]
 
+# A timed stretch on a GPU holds as many replays as fill this, so that the events' resolution does not matter.
+STRETCH_MS = 1.0
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Run every step once a round, in turn, so that what disturbs the machine disturbs all of them.
 
-    Returns, for each step: wall time in ms (`min`, `p20`, `p50`, `p80`), and the least CPU time, `cpu_min`.
+@dataclass(frozen=True)
+class Row:
+    """One competitor of one comparison. Times are milliseconds a call.
+
+    Attributes:
+        suite, mode, provider: what was measured ("prompt_attention", "forward", "sdpa flash").
+        shape: named sizes; for a model also its name.
+        clock: "wall", or on a GPU "graph" (replays of a captured graph) or "events" (plain calls, launches included).
+        baseline: the competitor that `ratio` compares with: the fastest one that is not ours.
+        ratio: this competitor's time over the baseline's, below 1 is faster: by `min` on a CPU, by `p50` on a GPU.
+        error: ‖result − exact‖ / ‖exact‖ against float64, largest over outputs and gradients; None where nothing is
+            compared (a bare backbone).
+        metrics: what else is known: "cpu_min", "operations", "saved_bytes", "peak_bytes", "floor_us", ...
+        device, versions, commit: what it was measured on.
     """
-    for step in steps.values():
-        step()
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
+
+    suite: str
+    mode: str
+    provider: str
+    shape: dict[str, Any]
+    dtype: str
+    clock: str
+    rounds: int
+    min: float
+    p20: float
+    p50: float
+    p80: float
+    baseline: str
+    ratio: float
+    error: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    device: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they stand in `results.json`."""
+        return asdict(self)
+
+
+def compare(
+    times: Mapping[str, dict[str, float]],
+    ours: Iterable[str],
+    errors: Mapping[str, float | None],
+    metrics: Mapping[str, dict[str, float]],
+    machine: Mapping[str, Any],
+    *,
+    suite: str,
+    mode: str,
+    shape: dict[str, Any],
+    dtype: str,
+    rounds: int,
+    baseline: str | None = None,
+) -> list[Row]:
+    """The rows of one comparison; `baseline` None takes the fastest competitor that is not in `ours`."""
+    clock = next(iter(times.values())).get("clock", "wall")
+    by = "min" if clock == "wall" else "p50"
+    others = [name for name in times if name not in set(ours) and errors.get(name) is not None]
+    if baseline is None:
+        baseline = min(others or list(times), key=lambda name: times[name][by])
+    return [
+        Row(
+            suite,
+            mode,
+            name,
+            shape,
+            dtype,
+            str(t.get("clock", "wall")),
+            rounds,
+            t["min"],
+            t["p20"],
+            t["p50"],
+            t["p80"],
+            baseline,
+            round(t[by] / times[baseline][by], 4),
+            errors.get(name),
+            {**({"cpu_min": t["cpu_min"]} if "cpu_min" in t else {}), **metrics.get(name, {})},
+            machine["device"],
+            dict(machine["versions"]),
+            machine["commit"],
+        )
+        for name, t in times.items()
+    ]
+
+
+def interleaved(
+    steps: Mapping[str, Step | Sequence[Step]], rounds: int, device: str = "cpu", *, graphs: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Run every competitor once a round, in turn, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        steps: for each competitor one step, or several that do the same on other inputs; all are run in a round.
+        rounds: how many.
+        device: "cpu", or "cuda" for events on the device.
+        graphs: on "cuda", capture each competitor; False times plain calls, as an uncaptured program makes them.
+
+    Returns, for each: time of one step in ms (`min`, `p20`, `p50`, `p80`), `clock`, and on a CPU the least CPU time,
+    `cpu_min`.
+    """
+    sets = {name: [s] if callable(s) else list(s) for name, s in steps.items()}
+    if device.startswith("cuda"):
+        return _on_gpu(sets, rounds, graphs)
+    for several in sets.values():
+        several[0]()
+    wall: dict[str, list[float]] = {name: [] for name in sets}
+    cpu: dict[str, list[float]] = {name: [] for name in sets}
     for i in range(rounds):
-        order = list(steps.items())
-        for name, step in order if i % 2 == 0 else reversed(order):
+        for name in _order(sets, i):
             start, start_cpu = time.perf_counter(), time.process_time()
+            for step in sets[name]:
+                step()
+            wall[name].append(1e3 * (time.perf_counter() - start) / len(sets[name]))
+            cpu[name].append(1e3 * (time.process_time() - start_cpu) / len(sets[name]))
+    return {name: {**quantiles(wall[name]), "cpu_min": round(min(cpu[name]), 4)} for name in sets}
+
+
+def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str, dict[str, Any]]:
+    runs: dict[str, tuple[Step, str, int]] = {}
+    for name, several in sets.items():
+        run, clock = _captured(several) if graphs else _plain(several)
+        once = _events(run, 1)
+        once = min(once, _events(run, 1))  # the first replay uploads the graph
+        runs[name] = run, clock, max(1, min(50, math.ceil(STRETCH_MS / max(once, 1e-3))))
+    times: dict[str, list[float]] = {name: [] for name in sets}
+    for i in range(rounds):
+        for name in _order(sets, i):
+            run, _, repeats = runs[name]
+            times[name].append(_events(run, repeats) / (repeats * len(sets[name])))
+    return {name: {**quantiles(times[name]), "clock": runs[name][1]} for name in sets}
+
+
+def _captured(steps: list[Step]) -> tuple[Step, str]:
+    """One replay of all `steps` as a graph and "graph"; plain calls and "events" where they cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            for step in steps:
+                step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for step in steps:
+                step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return _plain(steps)
+    return graph.replay, "graph"
+
+
+def _plain(steps: list[Step]) -> tuple[Step, str]:
+    def run() -> None:
+        for step in steps:
             step()
-            wall[name].append(1e3 * (time.perf_counter() - start))
-            cpu[name].append(1e3 * (time.process_time() - start_cpu))
-    return {name: {**_quantiles(wall[name]), "cpu_min": round(min(cpu[name]), 3)} for name in steps}
+
+    for _ in range(3):
+        run()
+    return run, "events"
 
 
-def _quantiles(times: list[float]) -> dict[str, float]:
+def _events(run: Step, repeats: int) -> float:
+    """Milliseconds on the device for `repeats` runs."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _order(names: Iterable[str], i: int) -> list[str]:
+    """Every other round runs backwards, so that nobody always comes after the same neighbour."""
+    return list(names) if i % 2 == 0 else list(names)[::-1]
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """`min`, `p20`, `p50` and `p80` of times in ms, to a tenth of a microsecond."""
     cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     named = {"min": min(times), "p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
-    return {name: round(value, 3) for name, value in named.items()}
+    return {name: round(value, 4) for name, value in named.items()}
+
+
+def input_sets(bytes_of_one: int, device: str) -> int:
+    """How many sets of inputs to rotate among, so that together they are at least three times the cache."""
+    if not device.startswith("cuda"):
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(16, math.ceil(3 * cache / max(bytes_of_one, 1))))
+
+
+def peak_bytes(step: Step, device: str) -> dict[str, float]:
+    """{"peak_bytes": most memory that `step` held beyond what was held before it}; nothing on a CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return {"peak_bytes": float(torch.cuda.max_memory_allocated() - before)}
 
 
 def operations(step: Step) -> int:
@@ -68,17 +260,31 @@ def saved_bytes(forward: Step, parameters: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def machine() -> dict[str, Any]:
-    """What a number was measured on: processor, threads, versions and commit."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": version("timm"),
-        "commit": _commit(),
-    }
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a number was measured on: `device` by name, `versions` (and threads), `commit`."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    versions.update((name, _version(name)) for name in ("timm", "triton"))
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(0)
+        versions.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        versions["capability"] = f"{properties.major}.{properties.minor}"
+        return {"device": properties.name, "versions": versions, "commit": _commit()}
+    versions.update(cores=os.cpu_count(), threads=torch.get_num_threads())
+    return {"device": _processor(), "versions": versions, "commit": _commit()}
+
+
+def folder_name(device: str) -> str:
+    """The folder of `bench/results/` for a device: "cpu", or a GPU's name such as "nvidia-h200"."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -93,7 +299,11 @@ def _processor() -> str:
     return f"{name} ({', '.join(extensions)})" if extensions else name
 
 
+@functools.cache
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"

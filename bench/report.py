@@ -1,13 +1,14 @@
 """README's tables of measurements, made from the committed rows by one command.
 
-python -m bench.report            prints the tables
-python -m bench.report --write    puts them into README.md between its markers
+python -m bench.report [--device cpu]    prints every table of a device
+python -m bench.report --write           puts those of whole models on a CPU into README.md between its markers
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,102 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu" / "results.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
+Row = dict[str, Any]
+OURS = ("fastprompt", "replace_attention")
+METHODS = {"vpt-deep": "VPT-Deep", "gate-vpt": "GateVPT", "cvpt": "CVPT"}
+
 
 def table(result: dict[str, Any]) -> str:
-    """The rows of one run as Markdown."""
-    machine = result["machine"]
+    """The rows of whole models as Markdown."""
+    rows = [row for row in result["rows"] if row["suite"] in METHODS or row["suite"] == "replace-attention"]
+    first = rows[0]
+    versions = first["versions"]
+    threads = f", {versions['threads']} threads" if "threads" in versions else ""
+    by = "interleaved minima of wall time" if first["clock"] == "wall" else "medians of interleaved rounds"
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, timm {machine['timm']}, "
-        f"float32; interleaved minima of wall time, {_commits(result['rows'])}.",
-        "",
-        "| VPT-Deep | prompts | step | time, ms | concatenation + SDPA, ms | speed-up | operations | bytes saved |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{first['device']}{threads}, torch {versions['torch']}, timm {versions['timm']}, "
+        f"{first['dtype']}; {by}, {_commits(rows)}.",
     ]
-    for row in result["rows"]:
-        if row["suite"] != "vpt-deep":
-            continue
-        kind = "training" if row["mode"] == "training step" else "forward"
-        kept = f"{row['ratios']['bytes saved for backward']:.3f}x" if kind == "training" else ""
-        lines.append(
-            f"| {row['model']}, batch {row['batch']} | {row['prompts']} | {row['mode']} "
-            f"| {row['times_ms']['fastprompt']['min']:.0f} | {row['times_ms'][row['baseline']]['min']:.0f} "
-            f"| **{row['speedup']:.2f}x** | {row['ratios'][f'{kind} operations']:.3f}x | {kept} |"
-        )
-    lines += [
-        "",
-        "| `replace_attention` alone | step | time, ms | timm, ms | time ratio |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']}, batch {row['batch']} | {row['mode']} | {row['times_ms']['replace_attention']['min']:.0f} "
-        f"| {row['times_ms']['timm']['min']:.0f} | {row['ratio']:.3f} |"
-        for row in result["rows"]
-        if row["suite"] == "replace-attention"
-    ]
+    for suite, title in METHODS.items():
+        found = [pair for pair in pairs(rows, suite) if pair[0]["provider"] == "fastprompt"]
+        if found:
+            lines += [
+                "",
+                f"| {title} | prompts | step | time, ms | concatenation + SDPA, ms | speed-up | operations | "
+                "bytes saved |",
+                "|---|---|---|---|---|---|---|---|",
+                *(_method_line(*pair) for pair in found),
+            ]
+    found = pairs(rows, "replace-attention")
+    if found:
+        lines += [
+            "",
+            "| `replace_attention` alone | step | time, ms | timm, ms | time ratio |",
+            "|---|---|---|---|---|",
+            *(_replace_line(*pair) for pair in found),
+        ]
     return "\n".join(lines)
 
 
-def _commits(rows: list[dict[str, Any]]) -> str:
+def tables(result: dict[str, Any]) -> str:
+    """:func:`table`, and the single operations: ours beside the fastest of the others."""
+    parts = []
+    if any(row["suite"] in METHODS or row["suite"] == "replace-attention" for row in result["rows"]):
+        parts.append(table(result))
+    suites = dict.fromkeys(row["suite"] for row in result["rows"])
+    for suite in [s for s in suites if s not in METHODS and s != "replace-attention"]:
+        lines = [
+            f"| `{suite}` | call | ours | time, ms | fastest other | time, ms | time ratio |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row, other in pairs(result["rows"], suite):
+            sizes = ", ".join(f"{k}={v}" for k, v in row["shape"].items())
+            lines.append(
+                f"| {sizes}, {row['dtype']} | {row['mode']} | {row['provider']} | {_best(row):.3f} "
+                f"| {other['provider']} | {_best(other):.3f} | {row['ratio']:.2f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def pairs(rows: Sequence[Row], suite: str) -> list[tuple[Row, Row]]:
+    """Each row of ours in `suite`, with the row of the baseline that its ratio compares with."""
+
+    def comparison(row: Row) -> tuple[Any, ...]:
+        return row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
+
+    baselines = {comparison(row): row for row in rows if row["provider"] == row["baseline"]}
+    return [
+        (row, baselines[comparison(row)])
+        for row in rows
+        if row["suite"] == suite and row["provider"].startswith(OURS) and row["baseline"] != row["provider"]
+    ]
+
+
+def _best(row: Row) -> float:
+    """The time that tables compare: the least on a CPU, whose other work only adds, the median on a GPU."""
+    return row["min"] if row["clock"] == "wall" else row["p50"]
+
+
+def _method_line(row: Row, other: Row) -> str:
+    operations = row["metrics"]["operations"] / other["metrics"]["operations"]
+    kept = ""
+    if row["mode"] == "training step":
+        kept = f"{row['metrics']['saved_bytes'] / other['metrics']['saved_bytes']:.3f}x"
+    return (
+        f"| {row['shape']['model']}, batch {row['shape']['B']} | {row['shape']['P']} | {row['mode']} "
+        f"| {_best(row):.0f} | {_best(other):.0f} | **{_best(other) / _best(row):.2f}x** | {operations:.3f}x | {kept} |"
+    )
+
+
+def _replace_line(row: Row, other: Row) -> str:
+    return (
+        f"| {row['shape']['model']}, batch {row['shape']['B']} | {row['mode']} "
+        f"| {_best(row):.0f} | {_best(other):.0f} | {row['ratio']:.3f} |"
+    )
+
+
+def _commits(rows: Sequence[Row]) -> str:
     """Which suite was measured at which commit."""
     return ", ".join(
         f"{suite} at commit {commit}" for suite, commit in {r["suite"]: r["commit"] for r in rows}.items()
@@ -69,10 +130,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--device", default="cpu", help="a folder of bench/results")
     arguments = parser.parse_args()
-    result = json.loads(RESULTS.read_text())
+    result = json.loads((RESULTS.parent.parent / arguments.device / "results.json").read_text())
     if not arguments.write:
-        print(table(result))
+        print(tables(result))
         return
     readme = ROOT / "README.md"
     readme.write_text(written(readme.read_text(), result))

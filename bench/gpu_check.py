@@ -1,0 +1,243 @@
+"""The proof on a GPU, one command: build, numerics, then times against the baselines. Needs no network.
+
+    python -m bench.gpu_check --out DIR [--minutes 8] [--parts NAME,NAME]
+    python -m bench.gpu_check --out DIR --dry-run-cpu      the same code on tiny shapes; no time means anything
+
+Each part is a process of its own with a limit, so that a crash or an endless loop costs that part alone; what it found
+before is kept. Parts run in the order of their importance until the time is spent. DIR gets `rows.json` (times),
+`checks.json` (correctness), the log of every part, and `table.txt`, which is printed last.
+
+Exit code: 0 everything passed, 1 something failed, 2 there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_report
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESERVE = 6.0  # seconds kept for the report
+LEAST = 12.0  # a part that would get fewer seconds is not started
+GRACE = 8.0  # a part that stops by itself at its limit gets so many more to finish its last case
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process: its name, what it runs, the seconds it may take, and whether it writes records itself."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    writes: bool = True
+
+
+@dataclass
+class Outcome:
+    """What became of a part: "ok", "failed", "stopped" at its limit, or "skipped", and a line about it."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+
+
+def stages(out: Path, dry: bool, shards: int) -> list[list[Part]]:
+    """Parts in order of importance; those of one stage run side by side, since they take no times."""
+
+    def part(name: str, seconds: float, *options: str) -> Part:
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_parts",
+            name.partition("-")[0],
+            "--out",
+            str(out),
+            *options,
+        ]
+        return Part(name, [*command, "--name", name, *(["--dry-run-cpu"] if dry else [])], seconds)
+
+    sweep = [part(f"numerics-{i}", 180, "--shard", f"{i}/{shards}") for i in range(shards)]
+    return [
+        [Part("build", build_command(out), 110, writes=False)],
+        [*sweep, part("ways", 160), Part("tests", test_command(dry), 180, writes=False)],
+        [part("attention", 80)],
+        [part("models", 70)],
+        [part("flex", 80)],
+        [part("operations", 80)],
+        [part("compiled", 150)],
+    ]
+
+
+def build_command(out: Path) -> list[str]:
+    """Builds the package with its native libraries into a folder that the later parts import it from."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--upgrade"]
+    return [sys.executable, "-m", "pip", "install", *options, "--target", str(target(out)), str(REPOSITORY)]
+
+
+def target(out: Path) -> Path:
+    """Where the build goes."""
+    return out / "installed"
+
+
+def test_command(dry: bool) -> list[str]:
+    """The tests of the operations, those of GPU backends."""
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
+    command += ["-c", str(REPOSITORY / "pyproject.toml"), "--continue-on-collection-errors"]
+    if dry:
+        return [*command, str(REPOSITORY / "tests" / "ops" / "test_dispatch.py")]
+    if find_spec("xdist") is not None:
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    return [*command, "-k", "triton or cuda", "--maxfail", "50", str(REPOSITORY / "tests" / "ops")]
+
+
+def environment(out: Path) -> dict[str, str]:
+    """The build first, then the repository (for `bench`), then what was there."""
+    paths = [str(target(out)), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS may give other bits each time
+    }
+
+
+def run_stage(parts: Sequence[Part], out: Path, seconds_left: float) -> Iterator[Outcome]:
+    """Run `parts` side by side, each to its limit or to the end of the time, and say what became of each."""
+    started = time.monotonic()
+    running: list[tuple[Part, subprocess.Popen[bytes], float]] = []
+    for part in parts:
+        limit = min(part.seconds, seconds_left)
+        if limit < LEAST:
+            yield Outcome(part.name, "skipped", 0.0, "no time is left")
+            continue
+        # The part stops by itself a little before it is stopped.
+        own = ["--seconds", f"{max(limit - GRACE, limit / 2):.0f}"] if part.writes else []
+        with (out / f"{part.name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*part.command, *own],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=out,
+                env=environment(out),
+                start_new_session=True,
+            )
+        running.append((part, process, started + limit))
+    for part, process, end in running:
+        try:
+            code = process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            code = None
+        seconds = time.monotonic() - started
+        yield _outcome(part, code, seconds, out)
+
+
+def _outcome(part: Part, code: int | None, seconds: float, out: Path) -> Outcome:
+    last = gpu_report.last_line(out / f"{part.name}.log")
+    if part.name == "tests" and code == 5:
+        return Outcome(part.name, "ok", seconds, "no backend of a GPU has tests to run")
+    if code is None:
+        return Outcome(part.name, "stopped", seconds, f"at its limit; {last}")
+    if code < 0:
+        return Outcome(part.name, "failed", seconds, f"killed by {signal.Signals(-code).name}; {last}")
+    return Outcome(part.name, "ok" if code == 0 else "failed", seconds, last)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the part and what it started; it leads a process group of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(2)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def run(all_stages: Sequence[Sequence[Part]], out: Path, minutes: float) -> list[Outcome]:
+    """Every stage until the time is spent; prints a line for each part as it ends."""
+    started = time.monotonic()
+    outcomes: list[Outcome] = []
+    for stage in all_stages:
+        left = 60 * minutes - RESERVE - (time.monotonic() - started)
+        for outcome in run_stage(stage, out, left):
+            outcomes.append(outcome)
+            print(
+                f"{outcome.name:<12} {outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.detail}",
+                flush=True,
+            )
+    return outcomes
+
+
+def finish(outcomes: Sequence[Outcome], out: Path) -> int:
+    """Write `rows.json`, `checks.json` and `table.txt`, print the table; the exit code."""
+    found = gpu_report.collect(out)
+    for name in ("rows", "checks"):
+        (out / f"{name}.json").write_text(json.dumps(found[name], indent=1) + "\n")
+    parts = [(o.name, o.status, o.seconds, o.detail) for o in outcomes]
+    table = gpu_report.table(found, parts)
+    (out / "table.txt").write_text(table + "\n")
+    print(table, flush=True)
+    wrong = [c for c in found["checks"] if not c["ok"]]
+    return 1 if wrong or any(o.status in ("failed", "stopped") for o in outcomes) else 0
+
+
+def why_no_gpu() -> str | None:
+    """The reason why there is nothing to check here, or None."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    build = "is built for CUDA" if torch.version.cuda else "is built without CUDA"
+    return f"torch {torch.__version__} {build} and finds no GPU"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("--minutes", type=float, default=8.0, help="the whole run ends within so many")
+    parser.add_argument("--parts", help="only these, separated by commas")
+    parser.add_argument("--shards", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
+    parser.add_argument(
+        "--dry-run-cpu", action="store_true", help="tiny shapes on a CPU: checks this program"
+    )
+    given: Any = parser.parse_args(arguments)
+    if not given.dry_run_cpu:
+        reason = why_no_gpu()
+        if reason is not None:
+            print(f"gpu_check: {reason}; nothing was run (--dry-run-cpu tries this program without one)")
+            return 2
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.jsonl"):
+        old.unlink()
+    chosen = stages(out, given.dry_run_cpu, given.shards)
+    if given.parts:
+        wanted = given.parts.split(",")
+        known = sorted({p.name.partition("-")[0] for stage in chosen for p in stage})
+        unknown = sorted(set(wanted) - set(known))
+        if unknown:
+            parser.error(f"there is no part {', '.join(unknown)}; known are {', '.join(known)}")
+        chosen = [[p for p in stage if p.name.partition("-")[0] in wanted] for stage in chosen]
+    return finish(run(chosen, out, given.minutes), out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What `bench.gpu_check` found, from its parts' records to one short table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+def collect(out: Path) -> Found:
+    """The records of all parts by kind: "rows", "checks", "notes". A line cut short by a crash is left out."""
+    found: Found = {"rows": [], "checks": [], "notes": []}
+    for path in sorted(out.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[f"{record.pop('kind')}s"].append(record)
+    return found
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, cut to fit."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+    return next((line for line in reversed(lines) if line), "no output")[:160]
+
+
+def table(found: Found, parts: Sequence[tuple[str, str, float, str]]) -> str:
+    """Parts, failures, and one line for each comparison: ours beside the best of the others."""
+    lines = ["", "== parts"]
+    lines += [f"{name:<12} {status:<8} {seconds:6.1f} s  {detail}" for name, status, seconds, detail in parts]
+    wrong = [c for c in found["checks"] if not c["ok"]]
+    lines += ["", f"== checks: {len(found['checks']) - len(wrong)} passed, {len(wrong)} failed"]
+    lines += [f"FAILED {c['name']}: {c['detail']}" for c in wrong[:15]]
+    if len(wrong) > 15:
+        lines.append(f"... and {len(wrong) - 15} more in checks.json")
+    lines += notes([n["text"] for n in found["notes"]])
+    if found["rows"]:
+        row = found["rows"][0]
+        lines += ["", f"== times: {row['device']}, torch {row['versions']['torch']}, commit {row['commit']}"]
+        lines += comparisons(found["rows"])
+    return "\n".join(lines)
+
+
+def notes(texts: Sequence[str], most: int = 16) -> list[str]:
+    """One line for each reason, with the number of cases ("CASE, MODE: REASON") that it befell."""
+    reasons: dict[str, list[str]] = {}
+    for text in texts:
+        case, colon, reason = text.partition(": ")
+        reasons.setdefault(reason if colon else text, []).append(case if colon else "")
+    lines = [
+        f"note: {where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}: {reason}"
+        if where[0]
+        else f"note: {reason}"
+        for reason, where in reasons.items()
+    ]
+    return lines[:most] + ([f"... and {len(lines) - most} other reasons"] if len(lines) > most else [])
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each comparison and each of our competitors in it."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = row["suite"], row["mode"], json.dumps(row["shape"]), row["dtype"], row["baseline"]
+        groups.setdefault(key, []).append(row)
+    lines = [
+        f"{'what':<62} {'ours':<26} {'p50':>9} {'baseline':<26} {'p50':>9} {'ratio':>6} {'floor':>6} {'error':>8}"
+    ]
+    for (suite, mode, shape, dtype, baseline), group in groups.items():
+        best = next((r for r in group if r["provider"] == baseline), None)
+        if best is None:
+            continue
+        sizes = " ".join(str(v) if k == "model" else f"{k}={v}" for k, v in json.loads(shape).items())
+        short = dtype.replace("float", "fp").replace("bfp", "bf")
+        what = f"{suite} {mode.replace('forward+backward', 'fwd+bwd')} {sizes} {short}"
+        for row in group:
+            if not row["provider"].startswith("fastprompt"):
+                continue
+            floor = row["metrics"].get("of_floor")
+            error = row["error"]
+            lines.append(
+                f"{what[:62]:<62} {row['provider'].removeprefix('fastprompt ')[:26]:<26} {_ms(row['p50']):>9} "
+                f"{baseline[:26]:<26} {_ms(best['p50']):>9} {row['ratio']:>6.2f} "
+                f"{'' if floor is None else f'{floor:.0%}':>6} {'' if error is None else f'{error:.1e}':>8}"
+            )
+    return lines
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.2f} ms" if milliseconds >= 1 else f"{1e3 * milliseconds:.1f} us"

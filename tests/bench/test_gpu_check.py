@@ -1,0 +1,261 @@
+"""The GPU check without a GPU: its parts on tiny shapes, and that it survives whatever a part does."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu_check, gpu_parts, gpu_report, measure, ops
+
+
+def dry(seconds: float = 300.0) -> gpu_parts.Settings:
+    return gpu_parts.Settings(True, time.monotonic() + seconds)
+
+
+def part(name: str, code: str, seconds: float = 30.0) -> gpu_check.Part:
+    return gpu_check.Part(name, [sys.executable, "-c", code], seconds, writes=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(
+    no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "finds no GPU; nothing was run" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--out", str(tmp_path), "--dry-run-cpu", "--parts", "attention,nothing"])
+
+
+def test_it_goes_on_after_a_crash_an_error_and_a_part_that_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "LEAST", 0.0)
+    stages = [
+        [part("crash", "import os; print('so far', flush=True); os.abort()")],
+        [part("error", "raise SystemExit('three things were wrong')"), part("beside", "print('done')")],
+        [part("endless", "import time; print('waiting', flush=True); time.sleep(60)", seconds=2.0)],
+        [part("last", "print('still here')")],
+    ]
+    outcomes = gpu_check.run(stages, tmp_path, minutes=2.0)
+    assert [(o.name, o.status) for o in outcomes] == [
+        ("crash", "failed"),
+        ("error", "failed"),
+        ("beside", "ok"),
+        ("endless", "stopped"),
+        ("last", "ok"),
+    ]
+    assert outcomes[0].detail == "killed by SIGABRT; so far"
+    assert outcomes[1].detail == "three things were wrong"
+    assert outcomes[3].seconds < 30
+    assert gpu_check.finish(outcomes, tmp_path) == 1
+    assert "still here" in capsys.readouterr().out
+
+
+def test_what_there_is_no_time_for_is_skipped_with_a_line(tmp_path: Path) -> None:
+    outcomes = gpu_check.run([[part("first", "print(1)")]], tmp_path, minutes=0.15)
+    assert [(o.status, o.detail) for o in outcomes] == [("skipped", "no time is left")]
+
+
+def test_parts_come_in_the_order_of_their_importance(tmp_path: Path) -> None:
+    names = [[p.name for p in stage] for stage in gpu_check.stages(tmp_path, dry=False, shards=2)]
+    assert names == [
+        ["build"],
+        ["numerics-0", "numerics-1", "ways", "tests"],
+        ["attention"],
+        ["models"],
+        ["flex"],
+        ["operations"],
+        ["compiled"],
+    ]
+    assert {name.partition("-")[0] for stage in names for name in stage} == {
+        "build",
+        "tests",
+        *gpu_parts.PARTS,
+    }
+
+
+# The parts ------------------------------------------------------------------------------------------------------------
+
+
+def records(name: str, settings: gpu_parts.Settings) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    return list(gpu_parts.PARTS[name](settings))
+
+
+def test_the_sweep_checks_every_operation_and_finds_nothing_wrong() -> None:
+    found = [r for r in records("numerics", dry()) if r["kind"] == "check"]
+    assert len(found) > 20
+    assert [r for r in found if not r["ok"]] == []
+    assert {r["name"].split()[0] for r in found} >= {
+        "prompt_attention",
+        "gated_blend",
+        "folded_cross_attention",
+    }
+
+
+def test_shards_share_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = [ops.attention_case(1, n, 0, 1, 8, torch.float32, "cpu") for n in (1, 2, 3, 4, 5)]
+    sweep = [replace(case, frozen=(str(n),)) for n, case in enumerate(sweep)]
+    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: sweep)
+
+    def names(shard: tuple[int, int]) -> list[str]:
+        settings = gpu_parts.Settings(True, time.monotonic() + 300, shard)
+        return [r["name"] for r in gpu_parts.PARTS["numerics"](settings) if r["kind"] == "check"]
+
+    assert len(names((0, 1))) == 5
+    assert len(names((0, 2))) == 3
+    assert sorted(names((0, 2)) + names((1, 2))) == sorted(names((0, 1)))
+
+
+def test_a_backend_that_says_why_it_does_not_serve_a_call_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ops.attention_case(1, 3, 0, 1, 8, torch.float32, "cpu")
+
+    def refuse(**inputs: Any) -> Any:
+        raise NotImplementedError("head_dim 8 is too small")
+
+    case.ours = {"fastprompt triton": refuse}
+    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: [case])
+    (found,) = records("numerics", dry())
+    assert found["kind"] == "note"
+    assert found["text"].endswith(": head_dim 8 is too small")
+
+
+def test_the_sweep_reports_a_wrong_kernel_and_one_that_changes_its_mind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = ops.attention_case(2, 9, 3, 2, 8, torch.float32, "cpu")
+    exact = case.exact
+    case.ours = {
+        "wrong": lambda **inputs: exact(**inputs) * 1.01,
+        "unsteady": lambda **inputs: exact(**inputs) * (1 + 1e-7 * torch.rand(1)),
+        "forgetful": lambda **inputs: exact(**inputs) + torch.empty(2, 9, 2, 8),
+        "right": exact,
+    }
+    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: [case])
+    found = {r["name"].split(": ")[-1]: r for r in records("numerics", dry())}
+    assert {name: r["ok"] for name, r in found.items()} == {
+        "wrong": False,
+        "unsteady": False,
+        "forgetful": False,
+        "right": True,
+    }
+    assert "not the same bits twice" in found["unsteady"]["detail"]
+    assert "off by nan" in found["forgetful"]["detail"]
+
+
+@pytest.mark.parametrize("name", ["attention", "operations", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_times_are_taken_in_both_modes_and_fit_a_row(name: str) -> None:
+    rows = [r for r in records(name, dry()) if r["kind"] == "row"]
+    assert {r["mode"] for r in rows} == {ops.FORWARD, ops.BOTH}
+    assert any(r["provider"].startswith("fastprompt") for r in rows)
+    for row in rows:
+        measure.Row(**{k: v for k, v in row.items() if k != "kind"})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("models", {"fastprompt", "concatenation", "bare backbone"}),
+        pytest.param("compiled", {"fastprompt, compiled", "concatenation, compiled"}, marks=pytest.mark.slow),
+    ],
+)
+def test_models_are_timed_against_concatenation_and_the_bare_backbone(name: str, expected: set[str]) -> None:
+    rows = [r for r in records(name, dry()) if r["kind"] == "row"]
+    assert {r["provider"] for r in rows if r["mode"] == "training step"} >= expected
+    assert {r["mode"] for r in rows} == {"training step", "inference"}
+
+
+@pytest.mark.slow
+def test_every_way_of_running_a_model_is_checked() -> None:
+    found = {r["name"]: r for r in records("ways", dry())}
+    assert {name: r["detail"] for name, r in found.items() if not r["ok"]} == {}
+    for what in ("torch.compile", "autocast", "DDP"):
+        assert len([name for name in found if name.startswith(what)]) == 3
+
+
+@pytest.mark.parametrize("name", sorted(gpu_parts.PARTS))
+def test_a_part_whose_time_is_over_stops_and_says_what_it_left_out(name: str) -> None:
+    found = records(name, dry(seconds=-1.0))
+    assert {r["kind"] for r in found} == {"note"}
+    assert any("the time ended before" in r["text"] for r in found)
+
+
+def test_a_cuda_error_ends_its_part() -> None:
+    lost = {
+        "kind": "check",
+        "name": "a",
+        "ok": False,
+        "detail": "AcceleratorError: CUDA error: an illegal address",
+    }
+    found = list(gpu_parts.until_the_device_is_lost([lost, {**lost, "name": "b"}]))
+    assert [r.get("name", r.get("text")) for r in found] == [
+        "a",
+        "after a CUDA error: the rest of this part was not run",
+    ]
+
+
+# The whole, and its report --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_rows_checks_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "out").mkdir()
+    (out / "old.jsonl").write_text('{"kind": "check", "name": "of an earlier run", "ok": false}\n')
+    options = ["--out", str(out), "--dry-run-cpu", "--parts", "operations", "--shards", "1"]
+    assert gpu_check.main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith((out / "table.txt").read_text())
+    rows = json.loads((out / "rows.json").read_text())
+    assert {row["suite"] for row in rows} >= {"gated_blend", "folded_cross_attention", "row_attention"}
+    assert json.loads((out / "checks.json").read_text()) == []
+    assert "gated_blend forward B=2 N=67 P=50 D=24 fp32" in printed
+
+
+def test_a_failed_check_is_in_the_table_and_in_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"kind": "check", "name": "good", "ok": True, "detail": ""},
+        {"kind": "check", "name": "bad", "ok": False, "detail": "off by 3"},
+        {"kind": "note", "text": "P=1, forward: sdpa cudnn: no kernel"},
+        {"kind": "note", "text": "P=2, forward: sdpa cudnn: no kernel"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "numerics-0.jsonl").write_text(text + '{"kind": "row", "cut sho')
+    assert gpu_check.finish([gpu_check.Outcome("numerics-0", "ok", 1.0, "")], tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "== checks: 1 passed, 1 failed" in printed
+    assert "FAILED bad: off by 3" in printed
+    assert "note: P=1, forward and 1 more: sdpa cudnn: no kernel" in printed
+
+
+def test_the_table_sets_ours_beside_the_best_of_the_others() -> None:
+    common = {"suite": "prompt_attention", "mode": "forward", "shape": {"N": 197}, "dtype": "bfloat16"}
+    rows = [
+        {**common, "provider": "fastprompt triton", "p50": 0.05, "ratio": 0.5, "baseline": "sdpa flash",
+         "error": 1e-3, "metrics": {"of_floor": 0.72}},
+        {**common, "provider": "sdpa flash", "p50": 0.1, "ratio": 1.0, "baseline": "sdpa flash",
+         "error": 1e-3, "metrics": {}},
+    ]  # fmt: skip
+    (_, line) = gpu_report.comparisons(rows)
+    found = " ".join(line.split())
+    assert found == (
+        "prompt_attention forward N=197 bf16 triton 50.0 us sdpa flash 100.0 us 0.50 72% 1.0e-03"
+    )

@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastprompt.checkpoint import load_official_state_dict
 from fastprompt.config import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
+from fastprompt.encoder import as_encoder
 from fastprompt.model import FoldedPromptModel, PromptModel, PromptOutput, get_prompt_model
 from fastprompt.ops.dispatch import backends, use_backend
 from fastprompt.replace import ReplacementReport, replace_attention, restore_attention
@@ -22,8 +24,10 @@ __all__ = [
     "PromptOutput",
     "ReplacementReport",
     "VPTConfig",
+    "as_encoder",
     "backends",
     "get_prompt_model",
+    "load_official_state_dict",
     "replace_attention",
     "restore_attention",
     "use_backend",

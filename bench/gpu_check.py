@@ -99,7 +99,8 @@ def test_command(dry: bool) -> list[str]:
         return [*command, str(REPOSITORY / "tests" / "ops" / "test_dispatch.py")]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    return [*command, "-k", "triton or cuda", "--maxfail", "50", str(REPOSITORY / "tests" / "ops")]
+    paths = (REPOSITORY / "tests" / "ops", REPOSITORY / "tests" / "kernels" / "test_triton_backend.py")
+    return [*command, "-k", "triton or cuda", "--maxfail", "50", *map(str, paths)]
 
 
 def environment(out: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = ("fastprompt", "kernels", "bench", "tests", "docs", ".ci")
+FOLDERS = ("fastprompt", "kernels", "bench", "examples", "tests", "docs", ".ci")
 
 
 class Block(NamedTuple):

@@ -43,13 +43,18 @@ def fresh_compiler() -> Iterator[None]:
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Grows by the shape of the queries at each call of the operation: a test that claims the path must reach it."""
     calls: list[tuple[int, ...]] = []
-    run = adapters.prompt_attention
+    run, run_packed = adapters.prompt_attention, adapters.packed_prompt_attention
 
     def spy(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls.append(tuple(q.shape))
         return run(q, *args, **kwargs)
 
+    def spy_packed(qkv: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(tuple(qkv[:, :, 0].shape))
+        return run_packed(qkv, *args, **kwargs)
+
     monkeypatch.setattr(adapters, "prompt_attention", spy)
+    monkeypatch.setattr(adapters, "packed_prompt_attention", spy_packed)
     return calls
 
 

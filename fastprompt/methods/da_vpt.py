@@ -156,10 +156,10 @@ class _GuidedLosses:
         prompts = self.method._normed(self.model, self.model.prompts[i])
         if config.patch_weight > 0:
             patches = tokens[:, base.num_prefix_tokens :].mean(1)
-            self._add(config.patch_weight, patches, _view(base.blocks[i], prompts, config.proxy_for_patch))
+            self._add(config.patch_weight, patches, block_view(base.blocks[i], prompts, config.proxy_for_patch))
         if config.class_weight > 0:
-            feature = _view(base.blocks[i], tokens[:, 0], config.class_feature)
-            self._add(config.class_weight, feature, _view(base.blocks[i], prompts, config.proxy_for_class))
+            feature = block_view(base.blocks[i], tokens[:, 0], config.class_feature)
+            self._add(config.class_weight, feature, block_view(base.blocks[i], prompts, config.proxy_for_class))
 
     def loss(self, features: Tensor) -> Tensor:
         if self.model.training:
@@ -193,7 +193,7 @@ def _earlier(labels: Tensor) -> Tensor:
     return (labels.unsqueeze(1) == labels).tril(-1).sum(1)
 
 
-def _view(block: Any, rows: Tensor, kind: str) -> Tensor:
+def block_view(block: Any, rows: Tensor, kind: str) -> Tensor:
     """Rows [..., D] at the block's input, themselves ("cls", "prompt") or as the block's queries or keys."""
     if kind in ("cls", "prompt"):
         return rows

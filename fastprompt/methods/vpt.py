@@ -81,7 +81,7 @@ class VPT(PromptMethod):
             return VPTState(tuple(prompts), tuple(rows))
         folded = read(0, 0).rows is not None and blocks.folds(base.blocks[-1], backbone.has_rope(base))
         for i in range(self.prompted):
-            p = self._prompts_of(model, i, batch_size)
+            p = self.prompts_of(model, i, batch_size)
             if i == self.carry_from or not model.shortcuts:
                 rows[i] = p
             else:
@@ -121,7 +121,7 @@ class VPT(PromptMethod):
                 on_block(i, strip(x, prefix, carried))
         return x, carried
 
-    def _prompts_of(self, model: Any, i: int, batch_size: int | None) -> Tensor:
+    def prompts_of(self, model: Any, i: int, batch_size: int | None) -> Tensor:
         """The prompts of block i: [P, D], or [B, P, D] under prompt dropout, which each image draws for itself."""
         p = model.prompts[0 if self.config.shared_across_blocks else i]
         if model.prompt_project is not None:

@@ -7,8 +7,9 @@ A backend is a set of implementations of the operations in this folder:
 - ``cpu``:    C++ kernels of the compiled extension, for CPU tensors.
 - ``eager``:  PyTorch's own operators; serves every device and is the fallback of ``auto``.
 
-``auto`` takes the first backend of that list that can run the call, Triton's interpreter excepted. A backend asked for
-by name never falls back: it runs, or it raises with its reason. The request comes from, in this order, the ``backend``
+``auto`` takes the first backend of that list that can run the call, Triton's interpreter excepted, and kernels whose
+operation says that they have yet to prove faster. A backend asked for by name never falls back: it runs, or it raises
+with its reason. The request comes from, in this order, the ``backend``
 argument of an operation (or of :func:`fastprompt.replace_attention`), :func:`use_backend`, the variable
 ``FASTPROMPT_BACKEND``.
 """
@@ -32,10 +33,14 @@ _request: str = os.environ.get("FASTPROMPT_BACKEND", AUTO).strip().lower() or AU
 
 @dataclass(frozen=True)
 class Implementation:
-    """One operation on one backend: `run(*args)`, and `can_run(*args)`, the reason why it cannot, or None."""
+    """One operation on one backend: `run(*args)`, and `can_run(*args)`, the reason why it cannot, or None.
+
+    One that is not `automatic` serves only those who name its backend.
+    """
 
     run: Callable[..., Any]
     can_run: Callable[..., str | None]
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ _automatic: dict[str, Callable[[], bool]] = {}
 
 
 def register(
-    operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]
+    operation: str,
+    backend: str,
+    run: Callable[..., Any],
+    can_run: Callable[..., str | None],
+    automatic: bool = True,
 ) -> None:
     """Add the implementation of `operation` on `backend`; called once by each kernel's launcher."""
-    _implementations.setdefault(operation, {})[backend] = Implementation(run, can_run)
+    _implementations.setdefault(operation, {})[backend] = Implementation(run, can_run, automatic)
 
 
 def register_availability(
@@ -152,9 +161,9 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Implementatio
             )
         return backend, _implementations[operation][backend]
     for name in BACKENDS:
-        implementation = _implementations[operation].get(name)
-        if implementation is None or not _automatic.get(name, _always_automatic)():
+        if not _taken_by_auto(operation, name):
             continue
+        implementation = _implementations[operation][name]
         if implementation.can_run(*args) is not None:
             continue
         if _unavailable(name) is None:
@@ -179,8 +188,8 @@ def why_missing(operation: str, backend: str) -> str | None:
 def only_eager(operation: str) -> bool:
     """Whether "auto" can serve `operation` by no backend but `eager` in this process."""
     return not any(
-        name != "eager" and _automatic.get(name, _always_automatic)() and _unavailable(name) is None
-        for name in _implementations[operation]
+        name != "eager" and _taken_by_auto(operation, name) and _unavailable(name) is None
+        for name in BACKENDS
     )
 
 
@@ -198,8 +207,11 @@ def _say_nothing() -> None:
     pass
 
 
-def _always_automatic() -> bool:
-    return True
+def _taken_by_auto(operation: str, backend: str) -> bool:
+    """Whether "auto" may take `backend` for `operation`, if it is available and can run the call."""
+    implementation = _implementations[operation].get(backend)
+    automatic = _automatic.get(backend)
+    return implementation is not None and implementation.automatic and (automatic is None or automatic())
 
 
 def _unavailable(backend: str) -> str | None:

@@ -280,5 +280,7 @@ def _backward_eager(
 
 dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("folded_cross_attention", "prompt_cross_attention", "forward")
-triton_backend.serve("folded_cross_attention_backward", "prompt_cross_attention", "backward")
+# The products are large enough for the library, and every program of the fused kernel reads both matrices again: until
+# somebody has measured that it is faster, it serves those who name it.
+triton_backend.serve("folded_cross_attention", "prompt_cross_attention", "forward", automatic=False)
+triton_backend.serve("folded_cross_attention_backward", "prompt_cross_attention", "backward", automatic=False)

@@ -11,7 +11,7 @@ from fastprompt.ops import dispatch
 _PACKAGE = "fastprompt.kernels.triton"
 
 
-def serve(operation: str, module: str, function: str) -> None:
+def serve(operation: str, module: str, function: str, automatic: bool = True) -> None:
     """Register `function` of kernels/triton/`module`.py for `operation`, with `can_<function>` as its `can_run`."""
 
     def run(*args: Any) -> Any:
@@ -20,7 +20,7 @@ def serve(operation: str, module: str, function: str) -> None:
     def can_run(*args: Any) -> str | None:
         return missing() or getattr(_load(module), f"can_{function}")(*args)
 
-    dispatch.register(operation, "triton", run, can_run)
+    dispatch.register(operation, "triton", run, can_run, automatic)
 
 
 @functools.cache

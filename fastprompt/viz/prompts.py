@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprompt.methods import DAVPT, GateVPT
 from fastprompt.methods.class_map import normalise
-from fastprompt.methods.da_vpt import _view as block_view
+from fastprompt.methods.da_vpt import block_view
 from fastprompt.methods.proxy_loss import similarities
 from fastprompt.model import PromptModel
 from fastprompt.ops.registration import accumulation_dtype

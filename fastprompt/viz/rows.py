@@ -46,7 +46,7 @@ def own_prompts(model: PromptModel, block: int) -> Tensor | None:
     method = model.method
     if not isinstance(method, VPT):
         return model.prompts[block]
-    return method._prompts_of(model, block, None) if block < method.prompted else None
+    return method.prompts_of(model, block, None) if block < method.prompted else None
 
 
 def checked_block(model: PromptModel, block: int, caller: str) -> int:

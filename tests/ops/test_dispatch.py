@@ -219,6 +219,16 @@ def test_the_table_names_every_backend_with_its_operations_or_its_reason(registr
     assert all(line.startswith(backend.name) for line, backend in zip(lines[1:], table, strict=True))
 
 
+def test_auto_leaves_what_is_not_automatic_to_those_who_name_it(registry: Any) -> None:
+    triton = registry("triton", "prompt_attention")
+    dispatch.register("prompt_attention", "triton", triton.run, triton.can_run, automatic=False)
+    attend()
+    assert triton.calls == 0
+    assert dispatch.only_eager("prompt_attention")
+    prompt_attention(**draw(Shape(), torch.float32), backend="triton")
+    assert triton.calls == 1
+
+
 def test_only_eager(registry: Any) -> None:
     assert dispatch.only_eager("folded_cross_attention")
     registry("cuda", "folded_cross_attention", missing="no CUDA device")

@@ -19,17 +19,26 @@ from fastprompt.ops import (
     FoldedPrompts,
     folded_cross_attention,
     gated_blend,
+    packed_prompt_attention,
     prompt_attention,
     prompt_attention_reference,
     prompt_cross_attention,
 )
 
 OPERATION = "prompt_attention"
+WITHOUT = (
+    "triton",
+)  # it computes no float64; test_triton_backend.py checks its gradients by differences in float32
 OPS = torch.ops.fastprompt
 
 
 def attention_arguments(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
     return draw(Shape(**{"B": 2, "Nq": 3, "N": 4, "P": 2, "H": 2, "d": 8, **sizes}, kind=kind), dtype)
+
+
+def packed_arguments(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    inputs = attention_arguments(kind, dtype, Nq=3, N=3)
+    return {"qkv": torch.stack([inputs.pop(name) for name in "qkv"], 2), **inputs}
 
 
 def blend_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -73,6 +82,13 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         OPS.prompt_attention.default,
         (*(trained(torch.randn(2, 3, 2, 8)) for _ in range(3)), None, None, None, None, 0.3, "auto"),
     ),
+    **{
+        f"packed attention, {kind}": lambda kind=kind: (
+            OPS.packed_prompt_attention.default,
+            (*map(trained, packed_arguments(kind).values()), 0.3, "auto"),
+        )
+        for kind in KINDS
+    },
     "blend": lambda: (OPS.gated_blend.default, (*map(trained, blend_arguments()), 1, 2, "auto")),
     "blend, eager": lambda: (OPS.gated_blend.default, (*map(trained, blend_arguments()), 1, 2, "eager")),
     "blend, frozen gate": lambda: (
@@ -130,7 +146,21 @@ def test_gradcheck_of_blend_and_folded() -> None:
     )
 
 
+def test_gradcheck_of_packed_attention() -> None:
+    inputs = packed_arguments("shared", torch.float64)
+    inputs.pop("prompt_index")
+
+    def function(*tensors: Tensor) -> Tensor:
+        return packed_prompt_attention(*tensors[:3], temperature=tensors[3])
+
+    assert torch.autograd.gradcheck(function, tuple(map(trained, inputs.values())))
+
+
 SECOND = {
+    "packed attention": (
+        lambda *t: packed_prompt_attention(*t[:3], temperature=t[3]),
+        lambda: [*packed_arguments("shared").values()][:4],
+    ),
     "attention": (
         lambda *t: prompt_attention(*t[:5], temperature=t[5]),
         lambda: [*attention_arguments("shared").values()][:6],

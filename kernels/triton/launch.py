@@ -98,9 +98,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def input_precision() -> str:
-    """What float32 products mean: IEEE, unless torch's own matrix products are allowed to take TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def input_precision(dtype: torch.dtype) -> str:
+    """What products of `dtype` mean: for float32 IEEE, unless torch's own matrix products are allowed to take TF32."""
+    # Not by torch.get_float32_matmul_precision, which raises once somebody has set the newer switch.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def launch(

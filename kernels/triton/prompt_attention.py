@@ -23,7 +23,6 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
 
 MAX_HEAD_DIM = 128
 MAX_PROMPT_SETS = 65535  # the second axis of a grid
-DELTA_ROWS = 64
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -216,7 +215,7 @@ class _Inputs:
             "HAS_INDEX": self.prompt_index is not None,
             "HAS_TEMPERATURE": self.temperature is not None,
             "ALIGNED": all(_aligned(x) for x in (*tensors, *others)),
-            "PRECISION": launch.input_precision(),
+            "PRECISION": launch.input_precision(self.q.dtype),
         }
 
 
@@ -267,29 +266,8 @@ def _backward(
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, **_strides("dp", "n", partial))
     flags = {"STORE_PROMPT": prompt}
 
-    launch.launch(
-        prompt_attention_bwd_delta_kernel,
-        (B * H * _cdiv(padded, DELTA_ROWS),),
-        device,
-        p_out=out,
-        p_do=grad,
-        p_lse=lse,
-        p_delta=delta,
-        p_lse2=lse2,
-        Nq=Nq,
-        padded=padded,
-        H=H,
-        **_strides("o", "m", out),
-        **_strides("do", "m", grad),
-        HEAD_DIM=d,
-        D0=arguments["D0"],
-        D1=arguments["D1"],
-        BLOCK_M=DELTA_ROWS,
-        ALIGNED=_aligned(out) and _aligned(grad),
-        num_warps=4,
-        num_stages=1,
-    )
-    qdq = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
+    _row_products(out, grad, lse, delta, lse2)
+    products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
         assert config is not None
         launch.launch(
@@ -300,13 +278,15 @@ def _backward(
             **to_queries,
             **to_keys,
             **flags,
-            p_qdq=qdq,
             BLOCK_M=config.block_m,
             KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
-            NEED_TEMPERATURE=need_temperature,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+        if need_temperature:
+            # By itself, since the kernel has no register left for it.
+            products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
+            _row_products(q, dq, lse, products, lse2)
     else:
         if need_k or need_v:
             config = find("dkdv")
@@ -337,7 +317,7 @@ def _backward(
                 device,
                 **arguments,
                 **to_queries,
-                p_qdq=qdq,
+                p_products=products,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 **_tail(q, inputs.keys, config.block_n),
@@ -357,10 +337,40 @@ def _backward(
         assert inputs.temperature is not None
         # Scores are linear in q, so that Σ q·dq is the sum of score · d(score), and score ~ 1 / temperature.
         t = inputs.temperature
-        results.append((-qdq.sum().reshape(t.shape) / t).to(t.dtype))
+        results.append((-products.sum().reshape(t.shape) / t).to(t.dtype))
     else:
         results.append(q.new_empty(0))
     return results[0], results[1], results[2]
+
+
+def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Tensor) -> None:
+    """a·b of each row of a head [B, Nq, H, d], and the LSE in units of log2, both [B, H, padded]."""
+    B, Nq, H, d = a.shape
+    padded = products.shape[2]
+    block = 32 if d <= 64 else 16
+    first, second = head_pieces(d)
+    launch.launch(
+        prompt_attention_bwd_delta_kernel,
+        (B * H * _cdiv(padded, block),),
+        a.device,
+        p_out=a,
+        p_do=b,
+        p_lse=lse,
+        p_delta=products,
+        p_lse2=lse2,
+        Nq=Nq,
+        padded=padded,
+        H=H,
+        **_strides("o", "m", a),
+        **_strides("do", "m", b),
+        HEAD_DIM=d,
+        D0=first,
+        D1=second,
+        BLOCK_M=block,
+        ALIGNED=_aligned(a) and _aligned(b),
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ def prompt_attention_bwd_delta_kernel(
     stride_ob, stride_om, stride_oh, stride_dob, stride_dom, stride_doh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """delta and the LSE in units of log2, [B·H, padded]; a padded row gets weights of 0 from an LSE of 1e30."""
+    """delta and the LSE in units of log2, [B·H, padded]; a padded row gets weights of 0 from an LSE of 1e30.
+
+    With q and dq for out and d(out), delta is q·dq, of whose sum d(temperature) is made.
+    """
     tiles = tl.cdiv(padded, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -175,7 +178,7 @@ def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
 
 @triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
 def prompt_attention_bwd_dq_kernel(
-    p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dq, p_qdq,
+    p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dq, p_products,
     scale, Nq, padded, N, P, T, H,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh,
@@ -227,21 +230,21 @@ def prompt_attention_bwd_dq_kernel(
         p_row = rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_m, stride_dqm, ALIGNED)
         store(p_row, m_m, dq0, dq1, HEAD_DIM, D0, D1)
     if NEED_TEMPERATURE:
-        p_row = p_qdq + i_bh.to(tl.int64) * Nq + o_m
+        p_row = p_products + i_bh.to(tl.int64) * Nq + o_m
         tl.store(p_row, _dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
 
 
 @triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
 def prompt_attention_bwd_resident_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta,
-    p_dq, p_dk, p_dv, p_dpk, p_dpv, p_qdq,
+    p_dq, p_dk, p_dv, p_dpk, p_dpv,
     scale, Nq, padded, N, P, T, H,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh,
     stride_dob, stride_dom, stride_doh, stride_dqb, stride_dqm, stride_dqh,
     stride_dkb, stride_dkn, stride_dkh, stride_dpb, stride_dpn, stride_dph,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
-    STORE_PROMPT: tl.constexpr, NEED_TEMPERATURE: tl.constexpr,
+    STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one head of one image, its keys and values held throughout."""
@@ -284,9 +287,6 @@ def prompt_attention_bwd_resident_kernel(
         if D1 > 0:
             dq1 = tl.trans(tl.dot(tl.trans(k1), ds, input_precision=PRECISION)) * natural
         store(rows(p_dq, o_m, stride_dqm, ALIGNED), m_m, dq0, dq1, HEAD_DIM, D0, D1)
-        if NEED_TEMPERATURE:
-            p_row = p_qdq + i_bh.to(tl.int64) * Nq + o_m
-            tl.store(p_row, _dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
 
     o_image = i_b * stride_dkb + i_h * stride_dkh
     o_prompt = i_b * stride_dpb + i_h * stride_dph
@@ -294,8 +294,10 @@ def prompt_attention_bwd_resident_kernel(
         p_dv + o_image, p_dpv + o_prompt, o_n, N, P, dv0, dv1, stride_dkn, stride_dpn,
         True, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
     )  # fmt: skip
+    dk0 *= natural
+    dk1 *= natural
     _store_keys(
-        p_dk + o_image, p_dpk + o_prompt, o_n, N, P, dk0 * natural, dk1 * natural, stride_dkn, stride_dpn,
+        p_dk + o_image, p_dpk + o_prompt, o_n, N, P, dk0, dk1, stride_dkn, stride_dpn,
         True, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
     )  # fmt: skip
 

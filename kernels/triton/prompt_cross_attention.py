@@ -180,6 +180,6 @@ def _launch(kernel: Any, name: str, rows: Tensor, folded: Tensor, **arguments: A
         BLOCK_K=chosen.block_k,
         BLOCK_D=chosen.block_d,
         ALIGNED=all(size % 16 == 0 for size in (*row_bytes, rows.data_ptr())),
-        PRECISION=launch.input_precision(),
+        PRECISION=launch.input_precision(rows.dtype),
         **arguments,
     )

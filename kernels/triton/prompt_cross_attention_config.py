@@ -59,7 +59,7 @@ TABLE: dict[Key, Config] = {
     (90, "backward", 288, 2): Config(64, 64, 64, 8, 2),
     (90, "backward", 128, 4): Config(16, 32, 64, 4, 2),
     (100, "forward", 192, 2): Config(64, 64, 64, 8, 2),
-    (100, "forward", 256, 2): Config(64, 64, 32, 8, 2),
+    (100, "forward", 256, 2): Config(64, 64, 32, 8, 1),
     (100, "forward", 128, 4): Config(16, 32, 64, 4, 2),
     (100, "backward", 128, 2): Config(64, 64, 64, 4, 3),
     (100, "backward", 256, 2): Config(64, 64, 64, 8, 2),

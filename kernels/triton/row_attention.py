@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt.kernels.triton import launch
-from fastprompt.kernels.triton.row_attention_config import Config, Kernel, choose, largest
+from fastprompt.kernels.triton.row_attention_config import ELEMENTWISE, SIZES, Config, Kernel, choose, largest
 from fastprompt.kernels.triton.tiles import key_rows
 from fastprompt.kernels.triton.tiles import rows as row_starts
 
@@ -197,8 +197,11 @@ def can_forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> str 
     if reason is not None:
         return reason
     limit = largest(launch.architecture(query.device), query.element_size()) // _block_m(M)
+    which = "widths"
+    if D * query.element_size() % 16:
+        limit, which = min(limit, SIZES[0] // _block_m(M)), "widths that are no multiple of 16 bytes"
     if limit < D:
-        return f"with {M} query rows of {query.dtype} it serves widths up to {limit} here, not {D}"
+        return f"with {M} query rows of {query.dtype} it serves {which} up to {limit} here, not {D}"
     return None
 
 
@@ -320,13 +323,15 @@ def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_D": BLOCK_D,
         "ALIGNED": aligned,
-        "PRECISION": launch.input_precision(),
+        "PRECISION": launch.input_precision(query.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
 
 
 def _config(query: Tensor, kernel: Kernel) -> Config:
+    if query.shape[2] * query.element_size() % 16:
+        return ELEMENTWISE
     size = _block_m(query.shape[1]) * query.shape[2]
     return choose(launch.architecture(query.device), kernel, size, query.element_size())
 

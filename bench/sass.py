@@ -14,8 +14,8 @@ import triton
 from fastprompt.kernels.triton.launch import Compiled
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory that one program may have, by compute capability.
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Shared memory that one program may have, by compute capability; the table of 8.0 serves 8.6, 8.9 and 12.0 too.
+SHARED_LIMIT = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Warp-level products, Hopper's warpgroup products, Blackwell's fifth-generation ones.
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 

@@ -156,10 +156,14 @@ class _GuidedLosses:
         prompts = self.method._normed(self.model, self.model.prompts[i])
         if config.patch_weight > 0:
             patches = tokens[:, base.num_prefix_tokens :].mean(1)
-            self._add(config.patch_weight, patches, block_view(base.blocks[i], prompts, config.proxy_for_patch))
+            self._add(
+                config.patch_weight, patches, block_view(base.blocks[i], prompts, config.proxy_for_patch)
+            )
         if config.class_weight > 0:
             feature = block_view(base.blocks[i], tokens[:, 0], config.class_feature)
-            self._add(config.class_weight, feature, block_view(base.blocks[i], prompts, config.proxy_for_class))
+            self._add(
+                config.class_weight, feature, block_view(base.blocks[i], prompts, config.proxy_for_class)
+            )
 
     def loss(self, features: Tensor) -> Tensor:
         if self.model.training:

@@ -85,7 +85,7 @@ TABLE: dict[Key, Config] = {
     (80, "fwd", 128, "one", 32): Config(16, 32, 8, 1),
     (80, "fwd", 128, "short", 32): Config(32, 32, 8, 1),
     (80, "fwd", 128, "long", 32): Config(32, 32, 8, 1),
-    (80, "dkdv", 64, "long", 32): Config(32, 32, 8, 1),
+    (80, "dkdv", 64, "long", 32): Config(16, 32, 8, 1),
     (80, "dkdv", 128, "long", 32): Config(32, 32, 8, 1),
     (80, "dq", 64, "long", 32): Config(16, 16, 8, 1),
     (80, "dq", 128, "long", 32): Config(16, 16, 8, 1),

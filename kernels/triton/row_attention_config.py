@@ -41,7 +41,7 @@ _AMPERE: dict[tuple[Kernel, int, int], Config] = {
     ("backward", 4096, 2): Config(32, 64, 4, 1),
     ("backward", 8192, 2): Config(32, 128, 8, 1),
     ("backward", 12288, 2): Config(16, 128, 8, 1),
-    ("backward", 16384, 2): Config(16, 128, 8, 1),
+    ("backward", 16384, 2): Config(16, 64, 8, 1),
     ("forward", 4096, 4): Config(16, 64, 8, 1),
     ("forward", 8192, 4): Config(16, 128, 8, 1),
     ("backward", 4096, 4): Config(16, 64, 8, 1, fused=False),

@@ -112,7 +112,7 @@ def candidates(key: Key) -> list[Config]:
         return [Config(m, 32, d, 4, s) for m, d, s in product((16, 32), (32, 64), (2, 3))]
     return [
         Config(m, k, d, warps, stages)
-        for (m, warps), k, d, stages in product(((64, 4), (64, 8), (128, 8)), (32, 64), (32, 64), (2, 3))
+        for (m, warps), k, d, stages in product(((64, 4), (64, 8), (128, 8)), (32, 64), (32, 64), (1, 2, 3))
     ]
 
 

@@ -48,7 +48,7 @@ def interleaved(x: Tensor) -> Tensor:
     return buffer[..., 1, :, :]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.builds(
         Shape,

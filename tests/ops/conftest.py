@@ -8,7 +8,6 @@ import pytest
 import torch
 from numerics import backends_of, dtypes_of
 
-from fastprompt.kernels.triton import launch
 from fastprompt.ops import dispatch
 
 

@@ -208,7 +208,7 @@ def _launch_forward(
         HAS_GATE=gate is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        ALIGNED=_aligned(x, delta, prompt_in),
+        ALIGNED=launch.aligned(x, delta, prompt_in),
     )
 
 
@@ -292,7 +292,7 @@ def norm_backward(
         NEED_INPUT=need_input,
         NEED_PROMPT=need_prompt,
         NEED_GATE=need_gate,
-        ALIGNED=_aligned(*grads),
+        ALIGNED=launch.aligned(*grads),
     )
     if need_gate and gate is not None:
         d_gate = partial.sum().to(gate.dtype).reshape(gate.shape)
@@ -314,11 +314,3 @@ def _cannot_serve(x: Tensor) -> str | None:
 def _strides(name: str, x: Tensor) -> dict[str, int]:
     """The strides of x [B, N, D] under the kernels' names."""
     return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bnd")}
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether every row of these [B, N, D] starts at a multiple of 16 bytes."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (0, 1))
-        for x in tensors
-    )

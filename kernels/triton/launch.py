@@ -105,6 +105,14 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every row of these, along their last dimension, starts at a multiple of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastprompt.kernels.triton import launch
@@ -105,7 +106,7 @@ def forward(
     if config.block_n:
         launch.launch(
             prompt_attention_fwd_kernel,
-            (B * H * _cdiv(Nq, config.block_m),),
+            (B * H * triton.cdiv(Nq, config.block_m),),
             q.device,
             **arguments,
             BLOCK_M=config.block_m,
@@ -118,7 +119,7 @@ def forward(
         first, second, third = key_pieces(inputs.keys)
         launch.launch(
             prompt_attention_fwd_resident_kernel,
-            (B * H * _cdiv(Nq, rows),),
+            (B * H * triton.cdiv(Nq, rows),),
             q.device,
             **arguments,
             tile_rows=rows,
@@ -214,7 +215,7 @@ class _Inputs:
             "D1": second,
             "HAS_INDEX": self.prompt_index is not None,
             "HAS_TEMPERATURE": self.temperature is not None,
-            "ALIGNED": all(_aligned(x) for x in (*tensors, *others)),
+            "ALIGNED": launch.aligned(*tensors, *others),
             "PRECISION": launch.input_precision(self.q.dtype),
         }
 
@@ -257,7 +258,7 @@ def _backward(
     )
     sized = dk if dk.numel() else dv
     partial = partial_k if partial_k.numel() else partial_v
-    padded = _cdiv(Nq, 128) * 128
+    padded = triton.cdiv(Nq, 128) * 128
     delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
     arguments.update(p_do=grad, p_lse2=lse2, p_delta=delta, padded=padded, **_strides("do", "m", grad))
@@ -294,7 +295,7 @@ def _backward(
             first_key = 0 if image else inputs.k.shape[1]
             launch.launch(
                 prompt_attention_bwd_dkdv_kernel,
-                (B * H * _cdiv(inputs.keys - first_key, config.block_n),),
+                (B * H * triton.cdiv(inputs.keys - first_key, config.block_n),),
                 device,
                 **arguments,
                 **to_keys,
@@ -313,7 +314,7 @@ def _backward(
             assert config is not None
             launch.launch(
                 prompt_attention_bwd_dq_kernel,
-                (B * H * _cdiv(Nq, config.block_m),),
+                (B * H * triton.cdiv(Nq, config.block_m),),
                 device,
                 **arguments,
                 **to_queries,
@@ -351,7 +352,7 @@ def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Ten
     first, second = head_pieces(d)
     launch.launch(
         prompt_attention_bwd_delta_kernel,
-        (B * H * _cdiv(padded, block),),
+        (B * H * triton.cdiv(padded, block),),
         a.device,
         p_out=a,
         p_do=b,
@@ -367,7 +368,7 @@ def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Ten
         D0=first,
         D1=second,
         BLOCK_M=block,
-        ALIGNED=_aligned(a) and _aligned(b),
+        ALIGNED=launch.aligned(a, b),
         num_warps=4,
         num_stages=1,
     )
@@ -382,7 +383,7 @@ def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
     sets = 1 if inputs.prompt_index is None else like.shape[0]
     launch.launch(
         prompt_attention_bwd_sum_kernel,
-        (_cdiv(columns, SUM_COLUMNS), sets),
+        (triton.cdiv(columns, SUM_COLUMNS), sets),
         partial.device,
         p_partial=partial,
         p_index=inputs.prompt_index,
@@ -409,9 +410,9 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
     """Query rows of one program of the resident kernel: all of them, unless too few programs were left."""
-    tiles = _cdiv(Nq, block)
-    splits = min(tiles, max(1, _cdiv(4 * launch.multiprocessors(device), max(1, heads))))
-    return max(1, _cdiv(tiles, splits)) * block
+    tiles = triton.cdiv(Nq, block)
+    splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
+    return max(1, triton.cdiv(tiles, splits)) * block
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -426,13 +427,3 @@ def _strides(name: str, row: str, x: Tensor) -> dict[str, int]:
         return {f"stride_{name}{dim}": 0 for dim in ("b", row, "h")}
     b, n, h = (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]
     return {f"stride_{name}b": b, f"stride_{name}{row}": n, f"stride_{name}h": h}
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1])
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

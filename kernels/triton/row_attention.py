@@ -312,10 +312,7 @@ def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str
     """What both kernels take besides tensors and strides."""
     D = query.shape[2]
     BLOCK_D = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
-    itemsize = query.element_size()
-    aligned = D * itemsize % 16 == 0 and all(
-        x.data_ptr() % 16 == 0 and all(x.stride(i) * itemsize % 16 == 0 for i in (0, 1)) for x in tensors
-    )
+    aligned = D * query.element_size() % 16 == 0 and launch.aligned(*tensors)
     return {
         "WIDTH": D,
         "PIECES": triton.cdiv(D, BLOCK_D),

@@ -124,7 +124,11 @@ def skeletons() -> Iterator[None]:
 
     The same models as under ``torch.device("meta")``, three times as fast: index tables are made by real kernels.
     """
-    empty = torch.empty
+    # torch keeps the set of constructors that a device context serves from its first use on: it must see the
+    # real `torch.empty`, not the one below, or every later `with torch.device(...)` of the process is without effect.
+    with torch.device("meta"):
+        empty = torch.empty
+        empty(0)
 
     def meta_empty(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         return empty(*args, device="meta", **kwargs)
@@ -248,6 +252,15 @@ def test_skeletons_equal_models_built_on_the_meta_device() -> None:
         (n, p.shape) for n, p in meta.named_parameters()
     ]
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_device_contexts_serve_after_skeletons_used_one() -> None:
+    constructors = torch.utils._device._device_constructors  # type: ignore[attr-defined]
+    constructors.cache_clear()
+    with skeletons(), torch.device("meta"):
+        torch.ones(1)
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
 
 
 def test_table_of_refused_classes_is_the_code_s() -> None:

@@ -20,7 +20,7 @@ SHAPES_TOO = ((16, 16), (12, 10), (3, 20))
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each: with the residual, biases and all gradients.
+    """A name and a call for each: with the residual, biases and all gradients; the forward with the norm too.
 
     In bfloat16 also with a residual stream in float32, as autocast has it. Then what inference runs, the gradient of
     prompts alone and an odd width.
@@ -32,11 +32,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 continue
             name = f"H={H} P={P} {str(dtype).removeprefix('torch.')}"
             yield name, partial(kernels.forward, *_inputs(H, P, D, dtype, dtype), True, True)
+            yield f"{name}, norm", _normed(H, P, D, dtype, dtype)
             yield name, partial(kernels.backward, *_gradient(H, P, D, dtype, dtype), True, [True] * 5)
             if dtype == torch.bfloat16:
                 mixed = torch.float32, dtype
                 name += ", float32 rows"
                 yield name, partial(kernels.forward, *_inputs(H, P, D, *mixed), True, True)
+                yield f"{name}, norm", _normed(H, P, D, *mixed)
                 yield name, partial(kernels.backward, *_gradient(H, P, D, *mixed), True, [True] * 5)
     H, P, low = 12, 10, torch.bfloat16
     x, *folded, _ = _inputs(H, P, D, low, low)
@@ -44,6 +46,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     prompts = [False, True, True, True, False]
     yield "prompts alone", partial(kernels.backward, *_gradient(H, P, D, low, low), False, prompts)
     yield "width 1000", partial(kernels.forward, *_inputs(H, P, 1000, low, low), True, True)
+    yield "width 1000, norm", _normed(H, P, 1000, low, low)
     yield "width 1000", partial(kernels.backward, *_gradient(H, P, 1000, low, low), True, [True] * 5)
 
 
@@ -55,6 +58,12 @@ def _inputs(H: int, P: int, width: int, wide: torch.dtype, low: torch.dtype) -> 
     """x in `wide`; key, bias, value and out_bias in `low`."""
     key, value = (_meta((H, P, width), low) for _ in range(2))
     return _meta((B, N, width), wide), key, _meta((H, P), low), value, _meta((width,), low)
+
+
+def _normed(H: int, P: int, width: int, wide: torch.dtype, low: torch.dtype) -> Callable[[], object]:
+    """A call of the forward with the norm, whose weights are in `low`."""
+    norm = (_meta((width,), low) for _ in range(2))
+    return partial(kernels.norm_forward, *_inputs(H, P, width, wide, low), *norm, 1e-6, True)
 
 
 def _gradient(H: int, P: int, width: int, wide: torch.dtype, low: torch.dtype) -> tuple[Tensor, ...]:

@@ -18,11 +18,12 @@ from fastprompt.ops import (
     ProjectedPrompts,
     direct_cross_attention,
     folded_cross_attention,
+    folded_cross_attention_norm,
     gated_blend,
     gated_blend_norm,
     row_attention,
 )
-from fastprompt.ops.gated_blend_norm import is_fused
+from fastprompt.ops.dispatch import is_fused
 
 Span = tuple[int, int]
 
@@ -81,7 +82,8 @@ def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Cont
     if context.gate is not None:
         return run_gated(block, x, None, prompts, context)[0]
     x = _cross(block, x, context, 1)
-    return _mlp(block, _attention(block, x, prompts, context), context)
+    x, normed = _attention(block, x, prompts, context)
+    return _mlp(block, x, normed, context)
 
 
 def run_gated(
@@ -93,11 +95,11 @@ def run_gated(
     """
     adapter, _ = vit.adapters(block)
     entered = x.narrow(1, context.prefix, context.carried)
-    x = _attention(block, x, prompts, context)
-    delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, context)))
+    x, normed = _attention(block, x, prompts, context)
+    delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
     blend: Any = (x, delta, entered, context.gate, context.prefix, context.carried)
-    norm = None if following is None else _frozen_norm(following)
-    if norm is None or not is_fused(x):
+    norm = None if following is None else _frozen_norm(following, "norm1")
+    if norm is None or not is_fused("gated_blend_norm", x):
         return gated_blend(*blend), None
     affine: Any = (norm.weight, norm.bias, norm.eps)
     return gated_blend_norm(*blend, *affine)
@@ -129,8 +131,8 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, co
     else:
         k, v = attention.keys_values(attn, h, context.rope, context.carried)
         out = vit.attend(attn, q, k, v, _keys_values(block, prompts), context.temperature)
-    rows = _add_attention(block, x[:, :count], attention.finish(attn, out, read), context)
-    return _mlp(block, rows, context)
+    rows, normed = _add_attention(block, x[:, :count], attention.finish(attn, out, read), context)
+    return _mlp(block, rows, normed, context)
 
 
 def run_mean(
@@ -144,10 +146,11 @@ def run_mean(
         return select(run_block(block, x, prompts, context), spans).mean(1)
     adapter, _ = vit.adapters(block)
     x = _cross(block, x, context, 1)
-    x = select(_attention(block, x, prompts, context), spans)
+    x, normed = _attention(block, x, prompts, context)
+    x, normed = select(x, spans), None if normed is None else select(normed, spans)
     if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
-        return _mlp(block, x, context).mean(1)
-    hidden = vit.mlp_hidden(block.mlp, _mlp_input(block, x, context)).mean(1, keepdim=True)
+        return _mlp(block, x, normed, context).mean(1)
+    hidden = vit.mlp_hidden(block.mlp, _mlp_input(block, x, normed, context)).mean(1, keepdim=True)
     return adapter.add_mlp(block, x.mean(1, keepdim=True), block.mlp.fc2(hidden)).squeeze(1)
 
 
@@ -164,9 +167,9 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
-def _frozen_norm(block: Any) -> Any:
-    """norm1 of `block` if it is a LayerNorm before the attention that neither trains nor has hooks; else None."""
-    norm = block.norm1
+def _frozen_norm(block: Any, name: str) -> Any:
+    """norm1 or norm2 of `block` if it is a LayerNorm before its branch that neither trains nor has hooks; else None."""
+    norm = getattr(block, name)
     if isinstance(vit.adapters(block)[0], vit.ResPostBlockAdapter) or type(norm) not in (
         nn.LayerNorm,
         LayerNorm,
@@ -185,8 +188,10 @@ def _attention_input(block: Any, x: Tensor, context: Context) -> Tensor:
     return vit.adapters(block)[0].attention_input(block, x) if context.normed is None else context.normed
 
 
-def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
-    """x [B, N, D] plus its attention (and the cross-attention beside it or after it)."""
+def _attention(
+    block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context
+) -> tuple[Tensor, Tensor | None]:
+    """x [B, N, D] plus its attention (and the cross-attention beside it or after it); norm2 as `_add_attention`."""
     _, attention = vit.adapters(block)
     h = _attention_input(block, x, context)
     prompt_keys = _keys_values(block, prompts)
@@ -196,15 +201,30 @@ def _attention(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Con
     return _add_attention(block, x, attention.finish(block.attn, out, h), context)
 
 
-def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> Tensor:
+def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    """x [B, N, D] plus what the attention's branch adds to it, and norm2 of that.
+
+    The second is None unless one kernel makes both.
+    """
     adapter, _ = vit.adapters(block)
-    if context.cross is not None and context.cross.insert == 2:
-        delta = adapter.attention_scale(block, out) + cross_attention(block, x, context.cross)
-        return x + block.drop_path1(delta)
-    return _cross(block, adapter.add_attention(block, x, out), context, 3)
+    cross = context.cross
+    if cross is not None and cross.insert == 2:
+        delta = adapter.attention_scale(block, out) + cross_attention(block, x, cross)
+        return x + block.drop_path1(delta), None
+    x = adapter.add_attention(block, x, out)
+    if cross is None or cross.insert != 3:
+        return x, None
+    if isinstance(cross.prompts, FoldedPrompts) and is_fused("folded_cross_attention_norm", x):
+        norm = _frozen_norm(block, "norm2")
+        if norm is not None:
+            return folded_cross_attention_norm(x, cross.prompts, norm.weight, norm.bias, norm.eps)
+    return _cross(block, x, context, 3), None
 
 
-def _mlp_input(block: Any, x: Tensor, context: Context) -> Tensor:
+def _mlp_input(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+    """What enters the MLP for x [B, N, D]; `normed`: norm2 of x, where it is made already."""
+    if normed is not None:
+        return normed
     adapter, _ = vit.adapters(block)
     h = adapter.mlp_input(block, x)
     if context.cross is not None and context.cross.insert == 4:
@@ -212,9 +232,10 @@ def _mlp_input(block: Any, x: Tensor, context: Context) -> Tensor:
     return h
 
 
-def _mlp(block: Any, x: Tensor, context: Context) -> Tensor:
+def _mlp(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
     adapter, _ = vit.adapters(block)
-    return _cross(block, adapter.add_mlp(block, x, block.mlp(_mlp_input(block, x, context))), context, 5)
+    x = adapter.add_mlp(block, x, block.mlp(_mlp_input(block, x, normed, context)))
+    return _cross(block, x, context, 5)
 
 
 def _cross(block: Any, x: Tensor, context: Context, insert: int) -> Tensor:

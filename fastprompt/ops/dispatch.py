@@ -193,6 +193,22 @@ def only_eager(operation: str) -> bool:
     )
 
 
+def is_fused(operation: str, tensor: torch.Tensor) -> bool:
+    """Whether a kernel may serve `operation`, two steps in one, for `tensor`.
+
+    Where none does, the two steps by themselves cost no more.
+    """
+    backend = requested()
+    if backend == AUTO:
+        return tensor.is_cuda and not only_eager(operation)
+    return _has_kernel(operation, backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(operation: str, backend: str) -> bool:
+    return backend != "eager" and why_missing(operation, backend) is None
+
+
 def explain(operation: str, *args: Any) -> dict[str, str | None]:
     """For every backend, why it cannot serve `operation` on `args` (None when it can)."""
     return {name: why_not(operation, name, *args) for name in BACKENDS}

@@ -49,31 +49,35 @@ def folded_cross_attention(
         ValueError: shapes do not fit.
         TypeError: dtypes differ, and autocast is off.
     """
+    check_folded("folded_cross_attention", x, folded, residual)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *folded[:3]))
+    out, _ = torch.ops.fastprompt.folded_cross_attention(
+        x, *folded, residual, trains, dispatch.requested(backend)
+    )
+    return out
+
+
+def check_folded(caller: str, x: Tensor, folded: FoldedPrompts, residual: bool) -> None:
+    """Raise, in the name of `caller`, unless x [B, N, D] and `folded` fit each other."""
     key, bias, value, _ = folded
     fits = x.ndim == 3 and key.ndim == 3 and key.shape[2] == x.shape[2]
     if not fits or bias.shape != key.shape[:2] or value.ndim != 3 or value.shape[:2] != key.shape[:2]:
         raise ValueError(
-            "`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
+            f"`{caller}`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
             f"`folded.value` [H, P, D]; got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}, "
             f"{tuple(value.shape)}; make them by `fold_prompts`"
         )
     if residual and value.shape[2] != x.shape[2]:
         raise ValueError(
-            f"`folded_cross_attention`: with `residual`, `folded.value` must be [H, P, D={x.shape[2]}]; got "
-            f"{tuple(value.shape)}; leave `residual` out"
+            f"`{caller}`: with `residual`, `folded.value` must be [H, P, D={x.shape[2]}]; got {tuple(value.shape)}; "
+            "leave `residual` out"
         )
     if not autocast_enabled(x):
         for name, tensor in folded._asdict().items():
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(
-                    f"`folded_cross_attention`: `folded.{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of "
-                    "them"
+                    f"`{caller}`: `folded.{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
                 )
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, key, bias, value))
-    out, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, *folded, residual, trains, dispatch.requested(backend)
-    )
-    return out
 
 
 # The operator. `x` may be in a wider dtype than the folded prompts (the residual stream under autocast): it enters
@@ -84,7 +88,7 @@ def _out_dtype(x: Tensor, key: Tensor, residual: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
 
 
-def _fake(
+def fake(
     x: Tensor,
     key: Tensor,
     bias: Tensor,
@@ -125,7 +129,7 @@ def _fake_backward(
     return dx, d_key, d_bias, d_value, d_out_bias
 
 
-def _flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+def flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
     return 2 * x[0] * x[1] * key[0] * key[1] * (key[2] + value[2])
 
 
@@ -142,8 +146,8 @@ def _flops_backward(grad: Any, x: Any, key: Any, value: Any, weights: Any, *rest
 _OPERATOR = define(
     "folded_cross_attention(Tensor x, Tensor key, Tensor bias, Tensor value, Tensor? out_bias, bool residual, "
     "bool keep, str backend) -> (Tensor out, Tensor weights)",
-    fake=_fake,
-    flops=_flops,
+    fake=fake,
+    flops=flops,
 )
 # `needs` says which of dx, d(key), d(bias), d(value), d(out_bias) somebody reads; the others are empty. Of the tensors,
 # those that these do not ask for are None.
@@ -155,12 +159,12 @@ _BACKWARD = define(
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, key, bias, value, out_bias, residual, keep, backend = inputs
-    weights = output[1]
-    ctx.mark_non_differentiable(weights)
+def keep_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], weights: Tensor, keep: bool, *more: Tensor | None
+) -> None:
+    """Save what :func:`gradients` needs, and `more`; `inputs` begin with x, key, bias, value and out_bias."""
+    x, key, bias, value, out_bias = inputs[:5]
     ctx.set_materialize_grads(False)
-    ctx.residual, ctx.backend = residual, backend
     ctx.dtypes = [x.dtype, key.dtype, bias.dtype, value.dtype, None if out_bias is None else out_bias.dtype]
     needs = ctx.needs_input_grad
     if any(needs[:4]) and not keep:
@@ -170,20 +174,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
         key if needs[0] else None,
         value if any(needs[:3]) else None,
         weights if any(needs[:4]) else None,
+        *more,
     )
+
+
+def gradients(ctx: Any, grad: Tensor, residual: bool, backend: str) -> list[Tensor | None]:
+    """Those of x, key, bias, value and out_bias, from that of the output."""
+    needs = [bool(n) for n in ctx.needs_input_grad[:5]]
+    found = torch.ops.fastprompt.folded_cross_attention_backward(
+        grad, *ctx.saved_tensors[:4], residual, needs, backend
+    )
+    return [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *_, residual, keep, backend = inputs
+    weights = output[1]
+    ctx.mark_non_differentiable(weights)
+    ctx.residual, ctx.backend = residual, backend
+    keep_for_backward(ctx, inputs, weights, keep)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_weights: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8
-    needs = [bool(n) for n in ctx.needs_input_grad[:5]]
-    gradients = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *ctx.saved_tensors, ctx.residual, needs, ctx.backend
-    )
-    wanted = [
-        g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    ]
-    return (*wanted, None, None, None)
+    return (*gradients(ctx, grad, ctx.residual, ctx.backend), None, None, None)
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)

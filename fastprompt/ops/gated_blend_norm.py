@@ -85,19 +85,6 @@ def gated_blend_norm_reference(
         return y, F.layer_norm(y.to(wide), y.shape[-1:], _to(weight, wide), _to(bias, wide), eps).to(x.dtype)
 
 
-def is_fused(x: Tensor) -> bool:
-    """Whether a kernel makes both outputs for x at once; where none does, blend and norm by themselves cost no more."""
-    backend = dispatch.requested()
-    if backend == dispatch.AUTO:
-        return x.is_cuda and not dispatch.only_eager("gated_blend_norm")
-    return _has_kernel(backend)
-
-
-@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
-def _has_kernel(backend: str) -> bool:
-    return backend != "eager" and dispatch.why_missing("gated_blend_norm", backend) is None
-
-
 def _check(
     x: Tensor,
     delta: Tensor,
@@ -109,22 +96,27 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     check_blend("gated_blend_norm", x, delta, prompt_in, gate, start, length)
+    check_norm("gated_blend_norm", x, weight, bias, "gated_blend")
+
+
+def check_norm(caller: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, without: str) -> None:
+    """Raise, in the name of `caller`, unless both are frozen [D] or None; `without` is the operation without a norm."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.shape != x.shape[-1:] or not tensor.is_floating_point():
             raise ValueError(
-                f"`gated_blend_norm`: `{name}` must be floating point, [D] = [{x.shape[-1]}], or None; "
+                f"`{caller}`: `{name}` must be floating point, [D] = [{x.shape[-1]}], or None; "
                 f"got {tensor.dtype}, {tuple(tensor.shape)}; reshape it"
             )
         if tensor.device != x.device:
             raise ValueError(
-                f"`gated_blend_norm`: `{name}` is on {tensor.device} and `x` on {x.device}; move it there"
+                f"`{caller}`: `{name}` is on {tensor.device} and `x` on {x.device}; move it there"
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                f"`gated_blend_norm`: `{name}` requires a gradient, and the norm's weights are frozen here; "
-                "call `gated_blend` and `torch.nn.functional.layer_norm`, or detach it"
+                f"`{caller}`: `{name}` requires a gradient, and the norm's weights are frozen here; "
+                f"call `{without}` and `torch.nn.functional.layer_norm`, or detach it"
             )
 
 
@@ -245,15 +237,22 @@ def _forward_eager(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = accumulation_dtype(x.dtype)
     if gate is None:
         y = (x + delta).contiguous()
     else:
         y = dispatch.run("gated_blend", "eager", x, delta, prompt_in, gate, start, length)
+    return y, *norm_rows(y, weight, bias, eps)
+
+
+def norm_rows(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of y [B, N, D] in its dtype, and mean and 1/deviation [B, N] in float32 or better."""
+    wide = accumulation_dtype(y.dtype)
     normed, mean, rstd = torch.native_layer_norm(
         y.to(wide), y.shape[-1:], _to(weight, wide), _to(bias, wide), eps
     )
-    return y, normed.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def _backward_eager(

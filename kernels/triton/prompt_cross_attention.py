@@ -39,12 +39,56 @@ def forward(
     residual: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    """x [B, N, D] -> [B, N, D_out], and the softmax's weights [B, N, H, P] or, not to `keep` them, nothing [0]."""
+    dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
+    out = x.new_empty((*x.shape[:2], value.shape[2]), dtype=dtype)
+    return out, _forward(x, key, bias, value, out_bias, residual, keep, out)
+
+
+def can_norm_forward(x: Tensor, key: Tensor, *args: object) -> str | None:
+    """The reason why :func:`norm_forward` cannot serve these arguments, or None."""
+    return launch.cannot_serve(x) or launch.cannot_serve(key) or _too_wide(key)
+
+
+def norm_forward(
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """With the residual: y [B, N, D], its LayerNorm, the weights, and mean and 1/deviation [B, N] in float32."""
+    y, normed = (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, key.dtype)) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    norm = (norm_weight, norm_bias, normed, mean, rstd, eps)
+    return y, normed, _forward(x, key, bias, value, out_bias, True, keep, y, *norm), mean, rstd
+
+
+def _forward(
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out_bias: Tensor | None,
+    residual: bool,
+    keep: bool,
+    out: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    normed: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Write `out`, and of its norm what is given; returns the softmax's weights."""
     B, N, D = x.shape
     H, P, D_out = value.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     key, value, bias = key.contiguous(), value.contiguous(), bias.contiguous()
-    dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
-    out = x.new_empty((B, N, D_out), dtype=dtype)
     weights = key.new_empty((B, N, H, P) if keep else 0)
     _launch(
         folded_cross_attention_fwd_kernel,
@@ -58,6 +102,12 @@ def forward(
         p_out_bias=out if out_bias is None else out_bias.contiguous(),
         p_out=out,
         p_weights=weights,
+        p_norm_weight=None if norm_weight is None else norm_weight.contiguous(),
+        p_norm_bias=None if norm_bias is None else norm_bias.contiguous(),
+        p_normed=normed,
+        p_mean=mean,
+        p_rstd=rstd,
+        eps=eps,
         stride_xb=x.stride(0),
         stride_xn=x.stride(1),
         D=D,
@@ -65,8 +115,11 @@ def forward(
         RESIDUAL=residual,
         KEEP=keep,
         HAS_BIAS=out_bias is not None,
+        NORM=normed is not None,
+        HAS_NORM_WEIGHT=norm_weight is not None,
+        HAS_NORM_BIAS=norm_bias is not None,
     )
-    return out, weights
+    return weights
 
 
 def can_backward(
@@ -159,7 +212,8 @@ def _launch(kernel: Any, name: str, rows: Tensor, folded: Tensor, **arguments: A
     columns = config.split(H, P)
     itemsize = folded.element_size()
     wide_rows = rows.element_size() > itemsize
-    chosen = config.choose(launch.architecture(rows.device), name, columns.total, itemsize, wide_rows)
+    norm = arguments.get("NORM", False)
+    chosen = config.choose(launch.architecture(rows.device), name, columns.total, itemsize, wide_rows, norm)
     row_bytes = [stride * rows.element_size() for stride in rows.stride()[:2]]
     launch.launch(
         kernel,

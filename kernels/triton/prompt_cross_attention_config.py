@@ -46,21 +46,21 @@ TABLE: dict[Key, Config] = {
     (0, "backward", 512, 4): Config(128, 128, 128, 4, 1),
     (80, "forward", 128, 2): Config(64, 64, 64, 4, 3),
     (80, "forward", 192, 2): Config(64, 32, 64, 8, 3),
-    (80, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (80, "forward", 128, 4): Config(16, 32, 64, 8, 2),
     (80, "backward", 128, 2): Config(64, 64, 64, 4, 3),
     (80, "backward", 192, 2): Config(64, 32, 64, 8, 3),
     (80, "backward", 128, 4): Config(16, 32, 64, 4, 2),
     (90, "forward", 192, 2): Config(64, 64, 64, 4, 3),
     (90, "forward", 256, 2): Config(64, 64, 64, 4, 2),
     (90, "forward", 288, 2): Config(64, 64, 64, 8, 2),
-    (90, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (90, "forward", 128, 4): Config(16, 32, 64, 8, 2),
     (90, "backward", 128, 2): Config(64, 64, 64, 4, 3),
     (90, "backward", 256, 2): Config(64, 64, 64, 8, 3),
     (90, "backward", 288, 2): Config(64, 64, 64, 8, 2),
     (90, "backward", 128, 4): Config(16, 32, 64, 4, 2),
     (100, "forward", 192, 2): Config(64, 64, 64, 8, 2),
     (100, "forward", 256, 2): Config(64, 64, 32, 8, 1),
-    (100, "forward", 128, 4): Config(16, 32, 64, 4, 2),
+    (100, "forward", 128, 4): Config(16, 32, 64, 8, 2),
     (100, "backward", 128, 2): Config(64, 64, 64, 4, 3),
     (100, "backward", 256, 2): Config(64, 64, 64, 8, 2),
     (100, "backward", 128, 4): Config(16, 32, 64, 4, 2),
@@ -91,10 +91,13 @@ def limit(architecture: int, itemsize: int) -> int:
 
 
 @functools.cache
-def choose(architecture: int, kernel: str, columns: int, itemsize: int, wide_rows: bool = False) -> Config:
+def choose(
+    architecture: int, kernel: str, columns: int, itemsize: int, wide_rows: bool = False, norm: bool = False
+) -> Config:
     """The entry of the table with the least room for `columns` columns; no more than :func:`limit`.
 
-    `wide_rows`, float32 rows beside 16-bit matrices, are read in steps of half as many numbers: as many bytes.
+    `wide_rows`, float32 rows beside 16-bit matrices, are read in steps of half as many numbers: as many bytes. With the
+    `norm` they are written so too, which leaves registers for its sums.
     """
     chosen = TABLE[
         min(
@@ -103,13 +106,15 @@ def choose(architecture: int, kernel: str, columns: int, itemsize: int, wide_row
             if (*key[:2], key[3]) == (architecture, kernel, itemsize) and key[2] >= columns
         )
     ]
-    return replace(chosen, block_k=chosen.block_k // 2) if wide_rows else chosen
+    if not wide_rows:
+        return chosen
+    return replace(chosen, block_k=chosen.block_k // 2, block_d=chosen.block_d // (2 if norm else 1))
 
 
 def candidates(key: Key) -> list[Config]:
     """What to measure for one entry of the table: more rows a program read the matrices less often."""
     if key[3] == 4:
-        return [Config(m, 32, d, 4, s) for m, d, s in product((16, 32), (32, 64), (2, 3))]
+        return [Config(m, 32, d, w, s) for m, d, w, s in product((16, 32), (32, 64), (4, 8), (2, 3))]
     return [
         Config(m, k, d, warps, stages)
         for (m, warps), k, d, stages in product(((64, 4), (64, 8), (128, 8)), (32, 64), (32, 64), (1, 2, 3))

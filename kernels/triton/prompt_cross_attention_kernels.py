@@ -170,17 +170,37 @@ def _store(p_rows, m_row, w, o_c, m_c):
     tl.store(p_rows[:, None] + o_c[None, :], w, mask=m_row[:, None] & m_c[None, :])
 
 
+@triton.jit
+def _statistics(mean, m2, y, done, m_d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Mean and sum of squared deviations [BLOCK_M] of the first `done` columns, with those of y [BLOCK_M, WIDTH] added.
+
+    By Chan, Golub and LeVeque's update, which a large mean costs no digits.
+    """
+    count = WIDTH if D % WIDTH == 0 else tl.minimum(WIDTH, D - done)
+    if D % WIDTH > 0:
+        y = tl.where(m_d[None, :], y, 0.0)
+    mean_y = tl.sum(y, 1) / count
+    y -= mean_y[:, None]
+    if D % WIDTH > 0:
+        y = tl.where(m_d[None, :], y, 0.0)
+    step = mean_y - mean
+    share = count / (done + count)  # of the columns seen
+    return mean + step * share, m2 + tl.sum(y * y, 1) + step * step * (done * share)
+
+
 @triton.jit(do_not_specialize=["M", "N", "stride_xb", "stride_xn"])
 def folded_cross_attention_fwd_kernel(
     p_x, p_key, p_bias, p_value, p_out_bias, p_out, p_weights,
-    M, N, stride_xb, stride_xn,
+    p_norm_weight, p_norm_bias, p_normed, p_mean, p_rstd,
+    eps, M, N, stride_xb, stride_xn,
     H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_OUT: tl.constexpr,
     H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [BLOCK_M] of `out` [M, D_OUT] and, to KEEP, of the softmax `weights` [M, H·P]."""
+    """Rows [BLOCK_M] of `out` [M, D_OUT]; to KEEP, of the softmax `weights` [M, H·P]; with NORM, of LayerNorm(out)."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < M
     p_row = _row(o_m, M, N, p_x, stride_xb, stride_xn, ALIGNED)
@@ -208,7 +228,9 @@ def folded_cross_attention_fwd_kernel(
             _store(p_kept, m_row, w_10, o_10, m_10)
             if P1 > 0:
                 _store(p_kept, m_row, w_11, o_11, m_11)
-    p_out += o_m.to(tl.int64)[:, None] * D_OUT
+    o_out = o_m.to(tl.int64)[:, None] * D_OUT
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    m2 = mean
     for start in range(0, D_OUT, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = o_d < D_OUT
@@ -221,7 +243,28 @@ def folded_cross_attention_fwd_kernel(
             acc += tl.load(p_out_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         if RESIDUAL:
             acc += tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_out + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=mask)
+        out = acc.to(p_out.dtype.element_ty)
+        tl.store(p_out + o_out + o_d[None, :], out, mask=mask)
+        if NORM:
+            # Of the rounded output, which is what the next reader of it sees.
+            mean, m2 = _statistics(mean, m2, out.to(tl.float32), start, m_d, BLOCK_D, D_OUT)
+    if NORM:
+        rstd = 1 / tl.sqrt(m2 / D_OUT + eps)
+        tl.store(p_mean + o_m, mean, mask=m_row)
+        tl.store(p_rstd + o_m, rstd, mask=m_row)
+        # The program's own rows are read again, out of the cache, once all of its threads have written theirs.
+        tl.debug_barrier()
+        for start in range(0, D_OUT, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            m_d = o_d < D_OUT
+            mask = m_row[:, None] & m_d[None, :]
+            b_y = tl.load(p_out + o_out + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_y = (b_y - mean[:, None]) * rstd[:, None]  # [BLOCK_M, BLOCK_D]
+            if HAS_NORM_WEIGHT:
+                b_y *= tl.load(p_norm_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+            if HAS_NORM_BIAS:
+                b_y += tl.load(p_norm_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+            tl.store(p_normed + o_out + o_d[None, :], b_y.to(p_normed.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -125,6 +125,22 @@ def folded(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor
     return x + torch.matmul(scores.softmax(-1).flatten(-2), value.view(H * P, D)) + out_bias
 
 
+def folded_norm(
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out_bias: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """:func:`folded`, then the block's second LayerNorm: (y, normed), both [B, N, D]."""
+    y = folded(x, key, bias, value, out_bias)
+    return y, F.layer_norm(y, y.shape[-1:], weight, norm_bias, eps)
+
+
 def cross_attention(attn: Any, x: Tensor, prompts: Tensor) -> Tensor:
     """CVPT as published, by the weights of timm's `Attention`: every token of x [B, N, D] to prompts [P, D].
 

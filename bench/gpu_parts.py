@@ -135,6 +135,7 @@ def operations_part(settings: Settings) -> Iterator[Record]:
     yield from _times(settings, ops.blend_norm_case(B, N + 50, 50, D, *size))
     for P in (10, 20, 50):
         yield from _times(settings, ops.folded_case(B, N, P, H, D, *size))
+    yield from _times(settings, ops.folded_norm_case(B, N, 10, H, D, *size))
     yield from _times(settings, ops.blend_case(B, N + 50, 50, D, *size))
     yield from _times(settings, ops.row_case(B, N + 50, H, D, *size))
 

@@ -57,6 +57,8 @@ def cases(device: str, tiny: bool = False) -> Iterator[ops.Case]:
             yield ops.blend_norm_case(B, 197 // shrink + P, P, width, dtype, device)
             yield ops.folded_case(B, 197 // shrink, P, H_, width, dtype, device)
             yield ops.row_case(B, 197 // shrink, H_, width, dtype, device)
+        for dtype in (BF16, FP32, FP16):
+            yield ops.folded_norm_case(B, 197 // shrink, 10, H_, width, dtype, device)
     for d, dtype in product(OTHER_HEADS, (BF16, FP32, FP16)):
         for N, P in ((257, 10), (197, 100)):
             yield attention(N, P, d, dtype)

@@ -408,6 +408,33 @@ def folded_case(B: int, N: int, P: int, H: int, D: int, dtype: torch.dtype, devi
     )
 
 
+def folded_norm_case(B: int, N: int, P: int, H: int, D: int, dtype: torch.dtype, device: str) -> Case:
+    """The same and the LayerNorm that follows."""
+    alone = folded_case(B, N, P, H, D, dtype, device)
+
+    def draw() -> Inputs:
+        weight, norm_bias = (torch.randn(D, device=device).to(dtype) for _ in range(2))
+        return {**alone.draw(), "weight": weight, "norm_bias": norm_bias}
+
+    def ours(backend: str, x: Tensor, weight: Tensor, norm_bias: Tensor, **prompts: Tensor) -> Any:
+        folded = ops.FoldedPrompts(**prompts)
+        return ops.folded_cross_attention_norm(x, folded, weight, norm_bias, 1e-6, backend=backend)
+
+    name = "folded_cross_attention_norm"
+    norm = roofline.gated_blend_norm_backward(B, N, 0, D, itemsize=dtype.itemsize)
+    return replace(
+        alone,
+        suite=name,
+        draw=draw,
+        exact=baselines.folded_norm,
+        ours={f"fastprompt {backend}": partial(ours, backend) for backend in backends(name, device)},
+        others={"eager": baselines.folded_norm, **_compiled(baselines.folded_norm, device)},
+        work=roofline.folded_norm(B, N, P, H, D, itemsize=dtype.itemsize),
+        work_backward=replace(alone.work_backward, bytes=alone.work_backward.bytes + norm.bytes),
+        frozen=("out_bias", "weight", "norm_bias"),
+    )
+
+
 def row_case(B: int, N: int, H: int, D: int, dtype: torch.dtype, device: str) -> Case:
     """One query row over `N` rows, maps folded away, against keys and values made and SDPA."""
 

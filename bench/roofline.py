@@ -167,6 +167,14 @@ def folded(
     )
 
 
+def folded_norm(
+    B: int, N: int, P: int, H: int, D: int, *, itemsize: int = 2, rows: int = 64, multiple: int = 4
+) -> Work:
+    """The same and the LayerNorm that follows, forward: writes two tensors, and each row's mean and deviation."""
+    alone = folded(B, N, P, H, D, itemsize=itemsize, rows=rows, multiple=multiple)
+    return replace(alone, bytes=alone.bytes + itemsize * D * (B * N + 2) + 8 * B * N)
+
+
 def folded_backward(
     B: int, N: int, P: int, H: int, D: int, *, itemsize: int = 2, rows: int = 64, multiple: int = 4
 ) -> Work:

@@ -86,6 +86,7 @@ def operation_rows(rounds: int, quick: bool, device: str) -> Iterator[measure.Ro
     cases = [ops.attention_case(B, N, P, H, D // H, dtype, device, names) for P in (0, 10, 50, 100)]
     cases.append(ops.packed_case(B, N, 50, H, D // H, dtype, device, names))
     cases += [ops.folded_case(B, N, P, H, D, dtype, device) for P in (10, 50)]
+    cases.append(ops.folded_norm_case(B, N, 10, H, D, dtype, device))
     cases += [make(B, N + 50, 50, D, dtype, device) for make in (ops.blend_case, ops.blend_norm_case)]
     cases.append(ops.row_case(B, N + 50, H, D, dtype, device))
     for case in cases:

@@ -33,6 +33,7 @@ CASES: dict[str, Callable[[], ops.Case]] = {
     "gated_blend": lambda: ops.blend_case(B, N + 50, 50, D, DTYPE, DEVICE),
     "gated_blend_norm": lambda: ops.blend_norm_case(B, N + 50, 50, D, DTYPE, DEVICE),
     "folded-P10": lambda: ops.folded_case(B, N, 10, H, D, DTYPE, DEVICE),
+    "folded-norm-P10": lambda: ops.folded_norm_case(B, N, 10, H, D, DTYPE, DEVICE),
     "folded-P50": lambda: ops.folded_case(B, N, 50, H, D, DTYPE, DEVICE),
     "row_attention": lambda: ops.row_case(B, N + 50, H, D, DTYPE, DEVICE),
 }

@@ -159,6 +159,7 @@ def test_every_case_has_rows_of_ours_and_of_others() -> None:
         ops.blend_case(2, 9, 3, 8, *size),
         ops.blend_norm_case(2, 9, 3, 8, *size),
         ops.folded_case(2, 9, 3, 2, 8, *size),
+        ops.folded_norm_case(2, 9, 3, 2, 8, *size),
         ops.row_case(2, 9, 2, 8, *size),
     )
     for case in cases:

@@ -49,6 +49,11 @@ def test_bytes_are_each_input_and_output_once() -> None:
     assert roofline.folded(B, N, P, H, d, itemsize=4).bytes == (
         sum(x.nbytes for x in folded.values()) + folded["x"].nbytes
     )
+    normed = ops.folded_norm_case(B, N, P, H, d, *SIZE).draw()
+    statistics = 2 * 4 * B * N
+    assert roofline.folded_norm(B, N, P, H, d, itemsize=4).bytes == (
+        sum(x.nbytes for x in normed.values()) + 2 * normed["x"].nbytes + statistics
+    )
 
 
 def test_columns_are_covered_with_the_least_that_the_pieces_allow() -> None:

@@ -16,7 +16,15 @@ from fastprompt.kernels.triton.prompt_attention_bwd import (
     prompt_attention_bwd_resident_kernel,
     prompt_attention_bwd_sum_kernel,
 )
-from fastprompt.kernels.triton.prompt_attention_config import Config, choose, head_pieces, key_pieces, tail
+from fastprompt.kernels.triton.prompt_attention_config import (
+    Config,
+    Kernel,
+    choose,
+    has_resident_backward,
+    head_pieces,
+    key_pieces,
+    tail,
+)
 from fastprompt.kernels.triton.prompt_attention_fwd import (
     prompt_attention_fwd_kernel,
     prompt_attention_fwd_resident_kernel,
@@ -101,7 +109,6 @@ def forward(
     arguments = inputs.arguments(out)
     arguments.update(p_out=out, p_lse=lse, **_strides("o", "m", out))
     config = choose("fwd", launch.architecture(q.device), d, Nq, inputs.keys, q.element_size() * 8)
-    assert config is not None
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.block_n:
         launch.launch(
@@ -239,12 +246,14 @@ def _backward(
     need_k, need_v = needs[1] or (prompt and needs[3]), needs[2] or (prompt and needs[4])
     nothing = q.new_empty(0)
 
-    def find(kernel: Any) -> Config | None:
-        return choose(kernel, launch.architecture(device), d, Nq, inputs.keys, q.element_size() * 8)
+    architecture, bits = launch.architecture(device), q.element_size() * 8
 
-    config = find("bwd")
+    def find(kernel: Kernel) -> Config:
+        return choose(kernel, architecture, d, Nq, inputs.keys, bits)
+
     everything = need_q and needs[1] and needs[2] and (P == 0 or not prompt or (needs[3] and needs[4]))
-    resident = config is not None and everything and launch.multiprocessors(device) <= B * H
+    resident = everything and launch.multiprocessors(device) <= B * H
+    resident = resident and has_resident_backward(architecture, d, inputs.keys, bits)
 
     # What is not needed but computed beside something that is goes to scratch.
     if image and need_k and not needs[1]:
@@ -265,68 +274,22 @@ def _backward(
     to_queries = {"p_dq": dq, **_strides("dq", "m", dq)}
     to_keys = {"p_dk": dk, "p_dv": dv, **_strides("dk", "n", sized)}
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, **_strides("dp", "n", partial))
-    flags = {"STORE_PROMPT": prompt}
 
     _row_products(out, grad, lse, delta, lse2)
     products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
-        assert config is not None
-        launch.launch(
-            prompt_attention_bwd_resident_kernel,
-            (B * H,),
-            device,
-            **arguments,
-            **to_queries,
-            **to_keys,
-            **flags,
-            BLOCK_M=config.block_m,
-            KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
         if need_temperature:
             # By itself, since the kernel has no register left for it.
             products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
             _row_products(q, dq, lse, products, lse2)
     else:
         if need_k or need_v:
-            config = find("dkdv")
-            assert config is not None
-            first_key = 0 if image else inputs.k.shape[1]
-            launch.launch(
-                prompt_attention_bwd_dkdv_kernel,
-                (B * H * triton.cdiv(inputs.keys - first_key, config.block_n),),
-                device,
-                **arguments,
-                **to_keys,
-                **flags,
-                first_key=first_key,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                NEED_K=need_k,
-                NEED_V=need_v,
-                STORE_IMAGE=image,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+            flags = {"NEED_K": need_k, "NEED_V": need_v, "STORE_IMAGE": image, "STORE_PROMPT": prompt}
+            _launch_keys(inputs, find("dkdv"), {**arguments, **to_keys, **flags})
         if need_q or need_temperature:
-            config = find("dq")
-            assert config is not None
-            launch.launch(
-                prompt_attention_bwd_dq_kernel,
-                (B * H * triton.cdiv(Nq, config.block_m),),
-                device,
-                **arguments,
-                **to_queries,
-                p_products=products,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                **_tail(q, inputs.keys, config.block_n),
-                NEED_Q=need_q,
-                NEED_TEMPERATURE=need_temperature,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+            flags = {"NEED_Q": need_q, "NEED_TEMPERATURE": need_temperature}
+            _launch_queries(inputs, find("dq"), {**arguments, **to_queries, "p_products": products, **flags})
     results = [
         _sum_over_images(inputs, part, like) if need and prompt else like.new_empty(like.shape if need else 0)
         for part, like, need in (
@@ -342,6 +305,54 @@ def _backward(
     else:
         results.append(q.new_empty(0))
     return results[0], results[1], results[2]
+
+
+def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
+    """All gradients but the temperature's, by one program for each head of each image."""
+    B, _, H, _ = inputs.q.shape
+    launch.launch(
+        prompt_attention_bwd_resident_kernel,
+        (B * H,),
+        inputs.q.device,
+        **arguments,
+        BLOCK_M=config.block_m,
+        KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
+    """Gradients of keys and values, by a program for each tile of keys; of prompts alone, unless STORE_IMAGE."""
+    B, _, H, _ = inputs.q.shape
+    first_key = 0 if arguments["STORE_IMAGE"] else inputs.k.shape[1]
+    launch.launch(
+        prompt_attention_bwd_dkdv_kernel,
+        (B * H * triton.cdiv(inputs.keys - first_key, config.block_n),),
+        inputs.q.device,
+        **arguments,
+        first_key=first_key,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
+    """The gradient of q and what the temperature's is added up from, by a program for each tile of queries."""
+    B, Nq, H, _ = inputs.q.shape
+    launch.launch(
+        prompt_attention_bwd_dq_kernel,
+        (B * H * triton.cdiv(Nq, config.block_m),),
+        inputs.q.device,
+        **arguments,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **_tail(inputs.q, inputs.keys, config.block_n),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Tensor) -> None:

@@ -92,20 +92,25 @@ TABLE: dict[Key, Config] = {
 }
 
 
-def choose(
-    kernel: Kernel, architecture: int, head_dim: int, queries: int, keys: int, bits: int
-) -> Config | None:
-    """The entry for a shape, None only for the kernel "bwd", where two kernels serve the shape better."""
+def choose(kernel: Kernel, architecture: int, head_dim: int, queries: int, keys: int, bits: int) -> Config:
+    """The entry for a shape; KeyError for the kernel "bwd" where :func:`has_resident_backward` says no."""
     length: Literal["one", "short", "long"] = "long"
     if kernel == "fwd":
         length = "one" if queries <= ONE else "short" if keys <= RESIDENT_KEYS else "long"
     elif kernel == "bwd":
-        if keys > RESIDENT_KEYS:
-            return None
         length = "short"
+    return TABLE[_table(architecture, bits), kernel, 64 if head_dim <= 64 else 128, length, bits]
+
+
+def has_resident_backward(architecture: int, head_dim: int, keys: int, bits: int) -> bool:
+    """Whether one kernel, "bwd", makes all gradients; elsewhere two, "dkdv" and "dq", serve the shape better."""
+    key: Key = (_table(architecture, bits), "bwd", 64 if head_dim <= 64 else 128, "short", bits)
+    return keys <= RESIDENT_KEYS and key in TABLE
+
+
+def _table(architecture: int, bits: int) -> int:
     # IEEE float32 runs on the same units everywhere.
-    table = 80 if bits == 32 and architecture else architecture
-    return TABLE.get((table, kernel, 64 if head_dim <= 64 else 128, length, bits))
+    return 80 if bits == 32 and architecture else architecture
 
 
 def head_pieces(head_dim: int) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from fastprompt.kernels import native
 from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.registration import (
     accumulation_dtype,
+    as_gradient,
     autocast,
     autocast_enabled,
     define,
     differentiate,
-    refuse_second_derivative,
 )
 
 
@@ -202,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
+as_gradient(_BACKWARD)
 autocast(_OPERATOR, promote=(0, 1, 2))
 
 

@@ -18,10 +18,10 @@ from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.gated_blend import check_blend, gated_blend_reference
 from fastprompt.ops.registration import (
     accumulation_dtype,
+    as_gradient,
     autocast,
     define,
     differentiate,
-    refuse_second_derivative,
 )
 
 
@@ -219,7 +219,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: A
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
+as_gradient(_BACKWARD)
 autocast(_OPERATOR, promote=(0, 1, 2))
 
 

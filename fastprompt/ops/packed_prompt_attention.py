@@ -21,10 +21,10 @@ from fastprompt.ops.prompt_attention import (
 )
 from fastprompt.ops.registration import (
     accumulation_dtype,
+    as_gradient,
     autocast,
     define,
     differentiate,
-    refuse_second_derivative,
 )
 
 
@@ -147,7 +147,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
+as_gradient(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
 
 

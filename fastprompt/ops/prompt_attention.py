@@ -20,11 +20,11 @@ from torch import Tensor
 from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.registration import (
     accumulation_dtype,
+    as_gradient,
     autocast,
     autocast_enabled,
     define,
     differentiate,
-    refuse_second_derivative,
 )
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -269,7 +269,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
+as_gradient(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 
 

@@ -51,8 +51,11 @@ def differentiate(op: Any, *, setup: Callable[..., None], backward: Callable[...
     torch.library.register_autograd(op._name, backward, setup_context=setup, lib=LIBRARY)
 
 
-def refuse_second_derivative(op: Any) -> None:
-    """Make differentiating `op`, itself a gradient, an error that says so."""
+def as_gradient(op: Any) -> None:
+    """Make `op` a gradient: differentiating it is an error that says so, and autocast leaves it alone.
+
+    Its dtypes are those of its forward, also where a backward runs inside autocast's region.
+    """
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
@@ -61,6 +64,7 @@ def refuse_second_derivative(op: Any) -> None:
         )
 
     torch.library.register_autograd(op._name, backward, lib=LIBRARY)
+    autocast(op)
 
 
 def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ()) -> None:
@@ -68,7 +72,7 @@ def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ())
 
     Those at `cast` go to autocast's dtype, as for a matrix product; those at `promote` to their common widest dtype, as
     for an addition. All others (gates, temperatures) stay as they are, which is why PyTorch's own rule for custom
-    operators, casting every tensor, is not used.
+    operators, casting every tensor, is not used. What the operator runs inside is out of autocast's reach.
     """
     name = op._schema.name.split("::")[1]
 

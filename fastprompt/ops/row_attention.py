@@ -21,11 +21,11 @@ from torch import Tensor
 from fastprompt.ops import dispatch, triton_backend
 from fastprompt.ops.registration import (
     accumulation_dtype,
+    as_gradient,
     autocast,
     autocast_enabled,
     define,
     differentiate,
-    refuse_second_derivative,
 )
 
 
@@ -238,7 +238,7 @@ def _needs_image_rows(needs: Sequence[bool]) -> bool:
 
 
 differentiate(_OPERATOR, setup=_setup, backward=_backward)
-refuse_second_derivative(_BACKWARD)
+as_gradient(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
 
 

@@ -11,6 +11,8 @@ from attention_cases import Shape, draw
 
 from fastprompt.ops import (
     AttentionWeights,
+    FoldedPrompts,
+    folded_cross_attention,
     gated_blend,
     gated_blend_reference,
     prompt_attention,
@@ -35,6 +37,27 @@ def test_autocast_runs_attention_in_bfloat16_but_not_the_temperature(backend: st
     assert not torch.equal(out, at_one)
     assert temperature.grad is not None
     assert all(x is None or x.grad.dtype == torch.float32 for x in inputs.values())
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["attention", "folded cross-attention"])
+def test_a_backward_inside_the_region_is_that_outside(folded: bool) -> None:
+    x = torch.randn(2, 30, 3, 8)
+    rest = {"key": torch.randn(3, 5, 24), "bias": torch.randn(3, 5), "value": torch.randn(3, 5, 24)}
+
+    def gradients(inside: bool) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, *rest.values())]
+        with torch.autocast("cpu", torch.bfloat16):
+            if folded:
+                prompts = FoldedPrompts(*leaves[1:], None)
+                out = folded_cross_attention(leaves[0].flatten(2), prompts, residual=True)
+            else:
+                out = prompt_attention(leaves[0], leaves[0], leaves[0], temperature=torch.tensor([0.7]))
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                out.backward(torch.ones_like(out) / 3)
+        return [t.grad for t in leaves if t.grad is not None]
+
+    for got, want in zip(gradients(inside=True), gradients(inside=False), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_autocast_accepts_mixed_dtypes(backend: str) -> None:

@@ -454,10 +454,7 @@ def row_case(B: int, N: int, H: int, D: int, dtype: torch.dtype, device: str) ->
         dtype,
         draw,
         baselines.row,
-        {
-            f"fastprompt {name}": partial(ours, name)
-            for name in backends("row_attention", device) or ["eager"]
-        },
+        {f"fastprompt {name}": partial(ours, name) for name in backends("folded_row_attention", device)},
         {"keys and values, sdpa": baselines.row, **_compiled(baselines.row, device)},
         roofline.row_attention(B, N, 0, H, D, itemsize=dtype.itemsize),
         roofline.row_attention_backward(B, N, 0, H, D, itemsize=dtype.itemsize),

@@ -1,24 +1,30 @@
 """Search the tile sizes of one Triton operation on this GPU, and write the fastest into its table.
 
-    python -m bench.tune prompt_attention [--minutes 8] [--dry-run]
+    python -m bench.tune prompt_attention [--minutes 8] [--only TEXT] [--workers N] [--out DIR] [--dry-run]
     python -m bench.tune --list
 
 An operation's configurations stand in `kernels/triton/OPERATION_config.py`: a frozen dataclass `Config`, a dictionary
 `TABLE` from keys to configurations, and `candidates(key)`. For each key of this GPU's architecture, every candidate is
-put into the table in turn, checked against float64 on the call that the key serves, and timed among the others in
-interleaved rounds. Without a GPU there is nothing to search: exit code 2.
+put into the table and checked against float64, on a call that the key serves and on the widest one, in several
+processes, since most of the time goes into compiling; those that are right are timed, one process alone, in interleaved
+rounds. The file is written anew after each key, so that a run that is ended keeps what it has found. Without a GPU
+there is nothing to search: exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,51 +39,64 @@ ROUNDS = 10
 # A candidate replaces the entry only if it is faster by more than what two runs of one program differ by.
 MARGIN = 0.98
 
-Table = dict[tuple[Any, ...], Any]
+NAME = "fastprompt triton"
+
+Key = tuple[Any, ...]
+Table = dict[Key, Any]
 Call = tuple[ops.Case, str]
+# What a candidate took in ms, or why it was not measured.
+Found = list[tuple[Any, float | None, str]]
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def _attention(key: tuple[Any, ...]) -> Call:
+# Calls of B images that exercise a key: of a usual shape, or, `widest`, of the largest that the key serves.
+TIMED, JUDGED = 128, 16  # images; float64's results of 128 for each process would not fit
+
+
+def _attention(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, kernel, widest head_dim, length, bits): the shapes that models have there."""
     _, kernel, d, length, bits = key
     N, P = {"short": (197, 50), "long": (577, 50), "one": (197, 50)}[length]
-    B = 64 if length == "long" else 128
-    case = ops.attention_case(B, N, P, 12, 64 if d == 64 else 80, DTYPES[bits // 8], "cuda")
+    B = B // 2 if length == "long" else B
+    head_dim = d if widest or d == 64 else 80
+    case = ops.attention_case(B, N, P, 12, head_dim, DTYPES[bits // 8], "cuda")
     if length == "one":
         draw = case.draw
         case.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
     return case, ops.FORWARD if kernel == "fwd" else ops.BOTH
 
 
-def _blend(key: tuple[Any, ...]) -> Call:
+def _blend(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, "forward" or "backward", width)."""
     _, kind, width = key
-    case = ops.blend_case(128, 247, 50, width * 3 // 4, torch.bfloat16, "cuda")
+    case = ops.blend_case(B, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
     return case, ops.FORWARD if kind == "forward" else ops.BOTH
 
 
-def _folded(key: tuple[Any, ...]) -> Call:
+def _folded(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, kernel, most columns, itemsize): as many prompts as the columns hold, ViT-B's heads."""
     _, kernel, columns, itemsize = key
     split = importlib.import_module("fastprompt.kernels.triton.prompt_cross_attention_config").split
     P = max(P for P in range(1, columns // 12 + 1) if split(12, P).total <= columns)
-    case = ops.folded_case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda")
-    return case, ops.FORWARD if kernel == "forward" else ops.BOTH
+    case = ops.folded_norm_case if widest else ops.folded_case
+    return case(
+        128, 197, P, 12, 768, DTYPES[itemsize], "cuda"
+    ), ops.FORWARD if kernel == "forward" else ops.BOTH
 
 
-def _row(key: tuple[Any, ...]) -> Call:
+def _row(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, kernel, most query rows times width, itemsize): the widest ViT there, its rows filled up to 16."""
     _, kernel, size, itemsize = key
     models = ((3, 192), (6, 384), (12, 768), (16, 1024), (16, 1280))
     H, D = max((m for m in models if 16 * m[1] <= size), default=models[0])
-    case = ops.row_case(128, 247, H, D, DTYPES[itemsize], "cuda")
+    if widest:
+        H, D = 8, size // 16 // 8 * 8
+    case = ops.row_case(B, 247, H, D, DTYPES[itemsize], "cuda")
     return case, ops.FORWARD if kernel == "forward" else ops.BOTH
 
 
-# The call that exercises a key of an operation's table.
-CALLS: dict[str, Callable[[tuple[Any, ...]], Call]] = {
+CALLS: dict[str, Callable[..., Call]] = {
     "prompt_attention": _attention,
     "gated_blend": _blend,
     "prompt_cross_attention": _folded,
@@ -97,49 +116,86 @@ def architecture() -> int:
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(0)[0], 80)
 
 
-def search(
-    table: Table, key: tuple[Any, ...], candidates: list[Any], call: Call
-) -> Iterator[tuple[Any, float | None, str]]:
-    """(candidate, time in ms or None, what happened) for each candidate of `key`; `table` is as before afterwards."""
-    case, mode = call
-    name = "fastprompt triton"
-    if name not in case.ours:
-        raise NotImplementedError(
-            f"`tune`: {case.suite} has no Triton kernel here; see fastprompt.backends()"
-        )
-    function = case.ours[name]
-    judge = ops.Judge(case, mode)
-    before = table[key]
-    right: dict[int, Any] = {}
+Judged = list[tuple[ops.Judge, ops.Function]]
+
+
+def judges(calls: Sequence[Call]) -> Judged:
+    """Float64's results of each call, and the function to judge by them."""
+    for case, _ in calls:
+        if NAME not in case.ours:
+            raise NotImplementedError(
+                f"`tune`: {case.suite} has no Triton kernel here; see fastprompt.backends()"
+            )
+    return [(ops.Judge(case, mode), case.ours[NAME]) for case, mode in calls]
+
+
+def fault(table: Table, key: Key, candidate: Any, judged: Judged) -> str | None:
+    """Why `candidate` cannot serve `key`: too much shared memory, too many registers, or wrong; or None."""
+    before, table[key] = table[key], candidate
     try:
-        for i, candidate in enumerate(candidates):
-            table[key] = candidate
-            try:
-                judge(function)
-                right[i] = candidate
-            except Exception as error:  # too much shared memory, too many registers, or wrong
-                yield candidate, None, f"{type(error).__name__}: {ops.first_line(error)}"
-
-        def with_entry(candidate: Any, step: measure.Step) -> measure.Step:
-            def run() -> None:
-                table[key] = candidate
-                step()
-
-            return run
-
-        steps = ops.steps(case, mode, [name], "cuda")[name]
-        times = measure.interleaved(
-            {str(i): [with_entry(candidate, step) for step in steps] for i, candidate in right.items()},
-            ROUNDS,
-            "cuda",
-        )
-        for i, candidate in right.items():
-            yield candidate, times[str(i)]["p50"], "measured"
+        for judge, function in judged:
+            judge(function)
+    except Exception as error:
+        return f"{type(error).__name__}: {ops.first_line(error)}"
     finally:
         table[key] = before
+    return None
 
 
-def fastest(found: list[tuple[Any, float | None, str]], before: Any) -> Any:
+def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[int, float]:
+    """Milliseconds of each candidate by its place; `table` is as before afterwards."""
+    case, mode = call
+    before = table[key]
+
+    def with_entry(candidate: Any, step: measure.Step) -> measure.Step:
+        def run() -> None:
+            table[key] = candidate
+            step()
+
+        return run
+
+    try:
+        steps = ops.steps(case, mode, [NAME], "cuda")[NAME]
+        programs = {str(i): [with_entry(c, step) for step in steps] for i, c in enumerate(candidates)}
+        times = measure.interleaved(programs, ROUNDS, "cuda")
+    finally:
+        table[key] = before
+    return {i: times[str(i)]["p50"] for i in range(len(candidates))}
+
+
+def _module(operation: str) -> ModuleType:
+    return importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
+
+
+@functools.lru_cache(maxsize=1)
+def _judges_in_worker(operation: str, key: Key) -> Judged:
+    torch.manual_seed(0)
+    return judges([CALLS[operation](key, JUDGED, widest) for widest in (False, True)])
+
+
+def _fault_in_worker(operation: str, key: Key, candidate: Any) -> str | None:
+    return fault(_module(operation).TABLE, key, candidate, _judges_in_worker(operation, key))
+
+
+def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExecutor, end: float) -> Found:
+    """Judge every candidate of `key` in `pool` until `end`, and time those that are right."""
+    futures = [pool.submit(_fault_in_worker, operation, key, candidate) for candidate in candidates]
+    _, late = wait(futures, max(0.0, end - time.monotonic()))
+    found: Found = []
+    right = []
+    for candidate, future in zip(candidates, futures, strict=True):
+        if future in late:
+            future.cancel()
+            found.append((candidate, None, "the time ended before it was checked"))
+        elif (reason := future.result()) is not None:
+            found.append((candidate, None, reason))
+        else:
+            right.append(candidate)
+    times = measured(_module(operation).TABLE, key, right, CALLS[operation](key, TIMED))
+    return [*found, *((candidate, times[i], "measured") for i, candidate in enumerate(right))]
+
+
+def fastest(found: Found, before: Any) -> Any:
     """The fastest candidate, or `before` if nothing is faster by more than the margin."""
     times = {str(candidate): ms for candidate, ms, _ in found if ms is not None}
     best = min((c for c, ms, _ in found if ms is not None), key=lambda c: times[str(c)], default=before)
@@ -198,28 +254,49 @@ def _value_of_table(path: Path, text: str) -> ast.expr:
     raise ValueError(f"`rewrite`: {path} assigns no TABLE")
 
 
-def tune(operation: str, module: ModuleType, minutes: float) -> Table:
-    """Search every key of this GPU's architecture until the time is spent; returns the new table."""
+def order(key: Key) -> tuple[bool, bool]:
+    """What most calls reach first: the 16-bit kernels, of attention the backward that most training steps run."""
+    return (4 in key or 32 in key, "bwd" not in key)
+
+
+def tune(operation: str, minutes: float, only: str, workers: int, save: Callable[[Table], None]) -> Table:
+    """Search the keys of this GPU's architecture that hold the text `only`, until the time is spent.
+
+    `save` gets the whole table after each key that changed. Returns the new table.
+    """
     end = time.monotonic() + 60 * minutes
+    module = _module(operation)
     table: Table = module.TABLE
     chosen = dict(table)
-    for key in [k for k in table if k[0] == architecture()]:
-        if time.monotonic() > end:
-            print(f"{key}: the time ended before it; kept as it is")
-            continue
-        before = table[key]
-        tried = [before, *(c for c in module.candidates(key) if c != before)]
-        found = list(search(table, key, tried, CALLS[operation](key)))
-        chosen[key] = fastest(found, before)
-        times = {str(c): ms for c, ms, _ in found if ms is not None}
-        for candidate, ms, what in found:
-            print(f"  {key} {candidate}: {what if ms is None else f'{1e3 * ms:.1f} us'}")
-        print(
-            f"{key}: {chosen[key]} {1e3 * times.get(str(chosen[key]), float('nan')):.1f} us, "
-            f"was {before} {1e3 * times.get(str(before), float('nan')):.1f} us",
-            flush=True,
-        )
+    keys = sorted((k for k in table if k[0] == architecture() and only in str(k)), key=order)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for key in keys:
+            if time.monotonic() > end:
+                print(f"{key}: the time ended before it; kept as it is")
+                continue
+            before = table[key]
+            tried = [before, *(c for c in module.candidates(key) if c != before)]
+            try:
+                found = search(operation, key, tried, pool, end)
+            except (
+                Exception
+            ) as error:  # after an error of the device nothing works any more; what was found is kept
+                print(f"{key}: {type(error).__name__}: {ops.first_line(error)}; the search ends here")
+                break
+            chosen[key] = fastest(found, before)
+            _print(key, before, chosen[key], found)
+            if chosen[key] != before:
+                save(chosen)
+        pool.shutdown(wait=False, cancel_futures=True)
     return chosen
+
+
+def _print(key: Key, before: Any, chosen: Any, found: Found) -> None:
+    times = {str(c): ms for c, ms, _ in found if ms is not None}
+    for candidate, ms, what in found:
+        print(f"  {key} {candidate}: {what if ms is None else f'{1e3 * ms:.1f} us'}")
+    now, was = (1e3 * times.get(str(c), float("nan")) for c in (chosen, before))
+    print(f"{key}: {chosen} {now:.1f} us, was {before} {was:.1f} us", flush=True)
 
 
 def main() -> int:
@@ -229,6 +306,9 @@ def main() -> int:
     parser.add_argument("operation", nargs="?", help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the operations that can be tuned")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", default="", help="keys that hold this text, such as 'bwd'")
+    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 2)))
+    parser.add_argument("--out", type=Path, help="a folder that gets a copy of the file")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the file as it is")
     given = parser.parse_args()
     if given.list:
@@ -241,12 +321,18 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune: there is no GPU here; tile sizes are found by measuring, so nothing was changed")
         return 2
-    module = importlib.import_module(f"fastprompt.kernels.triton.{given.operation}_config")
-    table = tune(given.operation, module, given.minutes)
     path = FOLDER / f"{given.operation}_config.py"
-    if not given.dry_run and table != module.TABLE:
+
+    def save(table: Table) -> None:
+        if given.dry_run:
+            return
         rewrite(path, table)
-        print(f"wrote {path.relative_to(ROOT)}")
+        print(f"wrote {path.relative_to(ROOT)}", flush=True)
+        if given.out is not None:
+            given.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, given.out)
+
+    tune(given.operation, given.minutes, given.only, given.workers, save)
     return 0
 
 

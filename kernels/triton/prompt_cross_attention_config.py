@@ -90,7 +90,6 @@ def limit(architecture: int, itemsize: int) -> int:
     )
 
 
-@functools.cache
 def choose(
     architecture: int, kernel: str, columns: int, itemsize: int, wide_rows: bool = False, norm: bool = False
 ) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,40 @@ def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tune.measure, "interleaved", interleaved)
     monkeypatch.setattr(tune.measure, "input_sets", lambda size, device: 1)
-    found = list(tune.search(table, (90,), ["old", "wrong", "crash", "new"], (case, ops.FORWARD)))
-    assert {c: ms for c, ms, _ in found} == {"old": 1.0, "new": 2.0, "wrong": None, "crash": None}
+    call = case, ops.FORWARD
+    judged = tune.judges([call, call])
+    faults = {c: tune.fault(table, (90,), c, judged) for c in ("old", "wrong", "crash", "new")}
+    assert (faults["old"], faults["new"]) == (None, None)
+    assert faults["wrong"] is not None
+    assert faults["wrong"].startswith("WrongResult")
+    assert faults["crash"] == "RuntimeError: out of resource: shared memory"
+    assert tune.measured(table, (90,), ["old", "new"], call) == {0: 1.0, 1: 2.0}
     assert measured == ["old", "new"]
-    assert next(what for c, _, what in found if c == "wrong").startswith("WrongResult")
     assert table == {(90,): "old"}
+
+
+@pytest.mark.parametrize("operation", tune.operations())
+def test_a_changed_table_changes_what_is_chosen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a launch asks remembers an entry, or all candidates would be timed as the first."""
+    module = importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
+    key = next(k for k in module.TABLE if k[0] == 90)
+    arguments = {
+        "prompt_attention": lambda: (key[1], 90, key[2], 197 if key[3] != "one" else 1, 100, key[4]),
+        "gated_blend": lambda: (90, key[1], key[2]),
+        "prompt_cross_attention": lambda: (90, key[1], key[2], key[3]),
+        "row_attention": lambda: (90, key[1], key[2], key[3]),
+    }[operation]()
+    assert module.choose(*arguments) is module.TABLE[key]
+    other = next(c for c in module.candidates(key) if c != module.TABLE[key])
+    monkeypatch.setitem(module.TABLE, key, other)
+    assert module.choose(*arguments) is other
+
+
+def test_keys_of_the_most_used_kernels_come_first() -> None:
+    table = importlib.import_module("fastprompt.kernels.triton.prompt_attention_config").TABLE
+    keys = sorted((k for k in table if k[0] in (80, 90)), key=tune.order)
+    assert keys[0][1] == "bwd"
+    assert [k[4] for k in keys] == sorted(k[4] for k in keys)
 
 
 @pytest.mark.parametrize("operation", tune.operations())
@@ -94,15 +124,19 @@ def test_every_key_has_candidates_and_a_call_that_reaches_it(
     module = importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
     for key in [key for key in module.TABLE if key[0] == 90]:
         assert module.candidates(key), key
-        case, mode = tune.CALLS[operation](key)
+        case, mode = tune.CALLS[operation](key, tune.TIMED)
         sizes = case.shape
         assert mode == (ops.FORWARD if key[1] in ("fwd", "forward") else ops.BOTH)
+        largest = tune.CALLS[operation](key, tune.JUDGED, widest=True)[0].shape
         if operation == "prompt_attention":
             queries = 1 if key[3] == "one" else sizes["N"]
             keys = sizes["N"] + sizes["P"]
             assert module.choose(key[1], 90, sizes["d"], queries, keys, key[4]) is module.TABLE[key]
+            assert largest["d"] == key[2]
+            assert largest["B"] * largest["H"] >= 96
         elif operation == "gated_blend":
             assert module.choose(90, key[1], sizes["D"]) is module.TABLE[key]
+            assert largest["D"] == key[2]
         elif operation == "prompt_cross_attention":
             total = module.split(sizes["H"], sizes["P"]).total
             reached = min(
@@ -111,6 +145,7 @@ def test_every_key_has_candidates_and_a_call_that_reaches_it(
             assert reached == key[2]
         elif operation == "row_attention":
             assert module.choose(90, key[1], 16 * sizes["D"], key[3]) is module.TABLE[key]
+            assert 16 * largest["D"] == key[2]
 
 
 def test_without_a_gpu_nothing_is_searched(
@@ -123,3 +158,39 @@ def test_without_a_gpu_nothing_is_searched(
     monkeypatch.setattr(sys, "argv", ["tune", "nothing"])
     with pytest.raises(SystemExit):
         tune.main()
+
+
+def test_what_is_found_is_saved_key_by_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operation = "prompt_cross_attention"
+    table = tune._module(operation).TABLE
+    keys = sorted((k for k in table if k[0] == 90 and "forward" in k), key=tune.order)
+    calls = iter([{0: 2.0, 1: 1.0}, {0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}])
+
+    def measured(table: Any, key: Any, candidates: list[Any], call: Any) -> dict[int, float]:
+        if key == keys[3]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {**dict.fromkeys(range(len(candidates)), 5.0), **next(calls)}
+
+    monkeypatch.setattr(tune, "architecture", lambda: 90)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(tune, "_fault_in_worker", lambda operation, key, candidate: None)
+    monkeypatch.setattr(tune, "measured", measured)
+    saved: list[Any] = []
+    chosen = tune.tune(operation, 5.0, "forward", 2, lambda table: saved.append(dict(table)))
+    changed = [key for key in table if chosen[key] != table[key]]
+    assert changed == [keys[0], keys[2]]
+    assert [[key for key in table if found[key] != table[key]] for found in saved] == [changed[:1], changed]
+    printed = capsys.readouterr().out
+    assert f"{keys[3]}: RuntimeError: CUDA error" in printed
+    assert "the search ends here" in printed
+
+
+def test_nothing_is_searched_when_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "architecture", lambda: 90)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    assert tune.tune("gated_blend", 0.0, "", 1, pytest.fail) == tune._module("gated_blend").TABLE
+    assert "the time ended before it; kept as it is" in capsys.readouterr().out

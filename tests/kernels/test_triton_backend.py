@@ -22,6 +22,8 @@ from fastprompt.ops import dispatch, prompt_attention, prompt_attention_referenc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = dtypes_of("triton")
+# So many heads in all that on a GPU each has a program of its own, which the interpreter runs anyway.
+MANY = 150 if DEVICE == "cuda" else 2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -52,7 +54,7 @@ def interleaved(x: Tensor) -> Tensor:
 @given(
     shape=st.builds(
         Shape,
-        B=st.integers(1, 2),
+        B=st.sampled_from([1, 2, MANY]),
         Nq=st.one_of(st.integers(1, 40), st.integers(100, 200)),
         N=st.one_of(st.integers(1, 40), st.integers(100, 290)),
         P=st.one_of(st.integers(0, 20), st.integers(60, 130)),
@@ -86,18 +88,20 @@ def test_gradients_are_the_slopes_of_the_output() -> None:
     assert torch.autograd.gradcheck(function, tensors, eps=1e-2, atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("length", [(11, 11), (300, 300)], ids=["all keys at once", "tiles of keys"])
-def test_two_runs_give_the_same_bits(length: tuple[int, int]) -> None:
-    inputs = draw(Shape(B=3, Nq=length[0], N=length[1], kind="shared"), DTYPES[-1], DEVICE)
-    cotangent = torch.randn(3, length[0], 2, 32, device=DEVICE)
+@pytest.mark.parametrize("length", [40, 300], ids=["all keys at once", "tiles of keys"])
+@pytest.mark.parametrize("B", {3, MANY})
+def test_two_runs_give_the_same_bits(length: int, B: int) -> None:
+    inputs = draw(Shape(B=B, Nq=length, N=length, kind="shared"), DTYPES[-1], DEVICE)
+    cotangent = torch.randn(B, length, 2, 32, device=DEVICE)
     first, second = (evaluate(prompt_attention, inputs, cotangent) for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 @pytest.mark.parametrize("keys", [9, 300], ids=["all keys at once", "tiles of keys"])
 @pytest.mark.parametrize("factor", [-0.3, 0.0], ids=["negative", "zero"])
-def test_any_scale(keys: int, factor: float) -> None:
-    inputs = draw(Shape(B=2, Nq=9, N=keys), torch.float32, DEVICE, temperature=False)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_scale(keys: int, factor: float, dtype: torch.dtype) -> None:
+    inputs = draw(Shape(B=MANY, Nq=40, N=keys), dtype, DEVICE, temperature=False)
     functions = (
         partial(f, scale=factor) for f in (prompt_attention, concatenated, prompt_attention_reference)
     )

@@ -89,6 +89,9 @@ def test_output_and_gradients(
     shape: Shape, per_image: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     inputs = draw(shape, dtype, device, per_image=per_image)
+    reason = dispatch.why_not(OPERATION, backend, *inputs.values())
+    if reason is not None:
+        pytest.skip(reason)  # a kernel's room for wide rows; `eager` serves all of them
     assert_as_exact_as_eager(folded_row_attention, plain, folded_row_attention_reference, inputs)
 
 

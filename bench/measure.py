@@ -116,7 +116,12 @@ def compare(
 
 
 def interleaved(
-    steps: Mapping[str, Step | Sequence[Step]], rounds: int, device: str = "cpu", *, graphs: bool = True
+    steps: Mapping[str, Step | Sequence[Step]],
+    rounds: int,
+    device: str = "cpu",
+    *,
+    graphs: bool = True,
+    warm: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Run every competitor once a round, in turn, so that what disturbs the machine disturbs all of them.
 
@@ -125,6 +130,7 @@ def interleaved(
         rounds: how many.
         device: "cpu", or "cuda" for events on the device.
         graphs: on "cuda", capture each competitor; False times plain calls, as an uncaptured program makes them.
+        warm: on a CPU, run each once before the first round.
 
     Returns, for each: time of one step in ms (`min`, `p20`, `p50`, `p80`), `clock`, and on a CPU the least CPU time,
     `cpu_min`.
@@ -132,8 +138,9 @@ def interleaved(
     sets = {name: [s] if callable(s) else list(s) for name, s in steps.items()}
     if device.startswith("cuda"):
         return _on_gpu(sets, rounds, graphs)
-    for several in sets.values():
-        several[0]()
+    if warm:
+        for several in sets.values():
+            several[0]()
     wall: dict[str, list[float]] = {name: [] for name in sets}
     cpu: dict[str, list[float]] = {name: [] for name in sets}
     for i in range(rounds):

@@ -112,10 +112,11 @@ def _replace_line(row: Row, other: Row) -> str:
 
 
 def _commits(rows: Sequence[Row]) -> str:
-    """Which suite was measured at which commit."""
-    return ", ".join(
-        f"{suite} at commit {commit}" for suite, commit in {r["suite"]: r["commit"] for r in rows}.items()
-    )
+    """Which suite was measured at which commit; one commit, where it is the same for all."""
+    commits = {row["suite"]: row["commit"] for row in rows}
+    if len(set(commits.values())) == 1:
+        return f"at commit {rows[0]['commit']}"
+    return ", ".join(f"{suite} at commit {commit}" for suite, commit in commits.items())
 
 
 def written(readme: str, result: dict[str, Any]) -> str:

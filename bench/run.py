@@ -109,7 +109,7 @@ def measured(suite: str, rounds: int, quick: bool, device: str) -> Iterator[meas
         prompts = (5,) if quick else PLANS[suite]
         return model_rows(suite, setting(device, rounds, quick), prompts)
     if suite == REPLACE:
-        names = ("test_vit",) if quick else ("vit_small_patch16_224", "vit_base_patch16_224")
+        names = ("test_vit",) if quick else ("vit_small_patch16_224",)
         return replace_rows(names, rounds, quick, device)
     return operation_rows(rounds, quick, device)
 

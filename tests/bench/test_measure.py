@@ -105,7 +105,14 @@ def test_the_table_compares_ours_with_its_baseline() -> None:
     assert "| m, batch 2 | 5 | inference | 2 | 4 | **2.00x** | 0.500x |  |" in lines
     assert "| m, batch 2 | 5 | training step | 2 | 4 | **2.00x** | 0.500x | 0.500x |" in lines
     assert len([line for line in lines if line.startswith("| m")]) == 2
-    assert "vpt-deep at commit abc" in lines[0]
+    assert lines[0].endswith("wall time, at commit abc.")
+
+
+def test_suites_of_different_commits_are_told_apart() -> None:
+    rows = method_rows()["rows"]
+    later = [{**row, "suite": "cvpt", "commit": "def"} for row in rows]
+    line = report.table({"rows": [*rows, *later]}).splitlines()[0]
+    assert line.endswith("vpt-deep at commit abc, cvpt at commit def.")
 
 
 def test_written_replaces_what_stands_between_the_markers() -> None:

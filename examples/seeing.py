@@ -40,8 +40,8 @@ def trained(epochs: int, tuning_epochs: int) -> tuple[dict[str, Any], LabelledIm
     models: dict[str, Any] = {}
     for name, config in METHODS.items():
         own = copy.deepcopy(backbone)
+        torch.manual_seed(0)  # the new head's and the prompts' first values
         own.reset_classifier(len(NEW))
-        torch.manual_seed(0)
         models[name] = model = fastprompt.get_prompt_model(own, config)
         batches = Batches(train, 20, seed=0, distort=True)
         if name == "DA-VPT":

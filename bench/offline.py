@@ -1,9 +1,10 @@
 """Compile every Triton kernel for GPUs that need not be there, and read its machine code.
 
-    python -m bench.offline [--arch 80 90 100] [--module offline_<operation>] [--only NAME] [--json FILE]
+    python -m bench.offline [--arch 80 90 100] [--module offline_<operation>] [--only NAME] [--entries] [--json FILE]
 
-One line a kernel; the exit status is 1 if any has a stack, spills, more shared memory than the card or, where Hopper or
-Blackwell have matrix instructions of their own, products large enough for them that do not use them.
+With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that make other code of
+them. One line a kernel; the exit status is 1 if any has a stack, spills, more shared memory than the card or, where
+Hopper or Blackwell have matrix instructions of their own, products large enough for them that do not use them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import triton
@@ -57,12 +59,16 @@ def modules() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("offline_*.py"))
 
 
-def compile_all(arch: int, names: list[str], only: str = "") -> Iterator[Row]:
-    """Compile what the modules `names` launch for `arch`; a kernel with the same constants and dtypes counts once."""
+def compile_all(arch: int, names: list[str], only: str = "", entries: bool = False) -> Iterator[Row]:
+    """Compile what the modules `names` launch for `arch`; a kernel with the same constants and dtypes counts once.
+
+    Kernels whose name holds `only`; no more than the `entries` of the tables.
+    """
     seen: set[tuple[object, ...]] = set()
     for module in names:
         with launch.compiling(arch) as compiled:
-            for shape, call in importlib.import_module(f"bench.{module}").launches():
+            found_in = importlib.import_module(f"bench.{module}")
+            for shape, call in chain(found_in.entries(), () if entries else found_in.variants()):
                 call()
                 for found in compiled:
                     key = (found.name, found.kernel.hash)
@@ -108,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--module", choices=modules(), nargs="+", default=modules())
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--entries", action="store_true", help="the entries of the tables alone")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}")
     rows = []
     for arch in options.arch:
-        for row in compile_all(arch, options.module, options.only):
+        for row in compile_all(arch, options.module, options.only, options.entries):
             print(row, flush=True)
             rows.append(row)
     if options.json:

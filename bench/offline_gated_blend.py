@@ -17,20 +17,23 @@ WIDTHS = (96, 192, 384, 768, 1536, 4096)
 EPS = 1e-6
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each; then without a gate, for prompts and gate alone, and of rows odd in size.
-
-    The kernels without the norm are a part of those with it: in bfloat16 alone.
-    """
+def entries() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A name and a call for each entry of the table in each dtype, with the norm."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D in WIDTHS:
-            name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}"
-            if dtype == torch.bfloat16:
-                yield name, partial(kernels.forward, *_blend(D, dtype))
-                yield name, partial(kernels.backward, *_gradient(D, dtype), True, True, True)
-            yield f"{name}, norm", partial(kernels.norm_forward, *_blend(D, dtype), *_affine(D, dtype), EPS)
-            yield f"{name}, norm", partial(kernels.norm_backward, *_norm_gradient(D, dtype), True, True, True)
-    D, dtype = 768, torch.bfloat16
+            name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}, norm"
+            yield name, partial(kernels.norm_forward, *_blend(D, dtype), *_affine(D, dtype), EPS)
+            yield name, partial(kernels.norm_backward, *_norm_gradient(D, dtype), True, True, True)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """In bfloat16: without the norm, without a gate, for prompts and gate alone, and of rows odd in size."""
+    dtype = torch.bfloat16
+    for D in WIDTHS:
+        name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}"
+        yield name, partial(kernels.forward, *_blend(D, dtype))
+        yield name, partial(kernels.backward, *_gradient(D, dtype), True, True, True)
+    D = 768
     x, delta, *_ = _blend(D, dtype)
     plain = (x, delta, _meta((B, 0, D), dtype), None, 0, 0)
     yield "no gate, norm", partial(kernels.norm_forward, *plain, *_affine(D, dtype), EPS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -20,21 +20,31 @@ FORWARD_TOO = ((197, 197, 64), (50, 50, 64), (237, 237, 64), (197, 197, 40), (19
 BACKWARD_TOO = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each, with a temperature; the last for prompts that alone train, without one."""
+def entries() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A name and a call for each entry of the table in each dtype, with a temperature."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        also = dtype == torch.bfloat16
-        for queries, keys, d in FORWARD + FORWARD_TOO * also:
-            inputs, temperature = _inputs(queries, keys, d, dtype)
-            call = partial(kernels.forward, *inputs, temperature, None, SCALE)
-            yield _name(queries, keys, d, dtype), call
-        for queries, keys, d in BACKWARD + BACKWARD_TOO * also:
-            inputs, temperature = _inputs(queries, keys, d, dtype)
-            yield _name(queries, keys, d, dtype), _backward(inputs, temperature, [True] * 6)
+        yield from _calls(FORWARD, BACKWARD, dtype)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The other shapes, in bfloat16; the last for prompts that alone train, without a temperature."""
+    yield from _calls(FORWARD_TOO, BACKWARD_TOO, torch.bfloat16)
     (q, k, v, *prompts), _ = _inputs(197, 197, 64, torch.bfloat16)
     only_prompts = [False, False, False, True, True, False]
     call = _backward((q, k[:, :0], v[:, :0], *prompts), None, only_prompts)
     yield _name(197, 0, 64, torch.bfloat16), call
+
+
+def _calls(
+    forward: Iterable[tuple[int, int, int]], backward: Iterable[tuple[int, int, int]], dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    for queries, keys, d in forward:
+        inputs, temperature = _inputs(queries, keys, d, dtype)
+        call = partial(kernels.forward, *inputs, temperature, None, SCALE)
+        yield _name(queries, keys, d, dtype), call
+    for queries, keys, d in backward:
+        inputs, temperature = _inputs(queries, keys, d, dtype)
+        yield _name(queries, keys, d, dtype), _backward(inputs, temperature, [True] * 6)
 
 
 def _name(queries: int, keys: int, d: int, dtype: torch.dtype) -> str:

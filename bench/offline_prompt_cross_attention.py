@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -19,28 +19,33 @@ SHAPES = ((8, 16), (12, 16), (12, 20), (12, 24))
 SHAPES_TOO = ((16, 16), (12, 10), (3, 20))
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each: with the residual, biases and all gradients; the forward with the norm too.
-
-    In bfloat16 also with a residual stream in float32, as autocast has it. Then what inference runs, the gradient of
-    prompts alone and an odd width.
-    """
-    architecture = launch.architecture(torch.device("meta"))
+def entries() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A name and a call for each entry of the table in each dtype: with the residual, biases and all gradients."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for H, P in SHAPES + SHAPES_TOO * (dtype == torch.bfloat16):
-            if split(H, P).total > limit(architecture, dtype.itemsize):
-                continue
-            name = f"H={H} P={P} {str(dtype).removeprefix('torch.')}"
+        for H, P, name in _served(SHAPES, dtype):
             yield name, partial(kernels.forward, *_inputs(H, P, D, dtype, dtype), True, True)
-            yield f"{name}, norm", _normed(H, P, D, dtype, dtype)
             yield name, partial(kernels.backward, *_gradient(H, P, D, dtype, dtype), True, [True] * 5)
-            if dtype == torch.bfloat16:
-                mixed = torch.float32, dtype
-                name += ", float32 rows"
-                yield name, partial(kernels.forward, *_inputs(H, P, D, *mixed), True, True)
-                yield f"{name}, norm", _normed(H, P, D, *mixed)
-                yield name, partial(kernels.backward, *_gradient(H, P, D, *mixed), True, [True] * 5)
-    H, P, low = 12, 10, torch.bfloat16
+            if (
+                dtype == torch.bfloat16
+            ):  # what needs the most registers: the norm, with float32 rows as autocast has them
+                yield f"{name}, float32 rows, norm", _normed(H, P, D, torch.float32, dtype)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The other shapes, the norm, and float32 rows; then what inference runs, prompts alone, and an odd width."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for H, P, name in _served(SHAPES, dtype):
+            yield f"{name}, norm", _normed(H, P, D, dtype, dtype)
+    low, wide = torch.bfloat16, torch.float32
+    for H, P, name in _served(SHAPES_TOO, low):
+        yield name, partial(kernels.forward, *_inputs(H, P, D, low, low), True, True)
+        yield name, partial(kernels.backward, *_gradient(H, P, D, low, low), True, [True] * 5)
+    for H, P, name in _served(SHAPES + SHAPES_TOO, low):
+        name += ", float32 rows"
+        yield f"{name}, norm", _normed(H, P, D, wide, low)
+        yield name, partial(kernels.forward, *_inputs(H, P, D, wide, low), True, True)
+        yield name, partial(kernels.backward, *_gradient(H, P, D, wide, low), True, [True] * 5)
+    H, P = 12, 10
     x, *folded, _ = _inputs(H, P, D, low, low)
     yield "inference, no residual", partial(kernels.forward, x, *folded, None, False, False)
     prompts = [False, True, True, True, False]
@@ -48,6 +53,14 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "width 1000", partial(kernels.forward, *_inputs(H, P, 1000, low, low), True, True)
     yield "width 1000, norm", _normed(H, P, 1000, low, low)
     yield "width 1000", partial(kernels.backward, *_gradient(H, P, 1000, low, low), True, [True] * 5)
+
+
+def _served(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> Iterator[tuple[int, int, str]]:
+    """Those shapes whose columns a program has room for, with a name."""
+    room = limit(launch.architecture(torch.device("meta")), dtype.itemsize)
+    for H, P in shapes:
+        if split(H, P).total <= room:
+            yield H, P, f"H={H} P={P} {str(dtype).removeprefix('torch.')}"
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

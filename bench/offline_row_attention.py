@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -18,16 +18,15 @@ SHAPES = ((12, 256), (12, 512), (12, 768), (16, 1024), (12, 1536))
 SHAPES_TOO = ((3, 192), (6, 384), (16, 1280), (24, 768))
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each; then the subsets of gradients, shared prompts, and rows odd in size."""
-    architecture = launch.architecture(torch.device("meta"))
+def entries() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A name and a call for each entry of the table in each dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for M, D in SHAPES + SHAPES_TOO * (dtype == torch.bfloat16):
-            if (16 if M <= 16 else 32) * D > largest(architecture, dtype.itemsize):
-                continue
-            name = f"[{B}, {M}, {D}] {str(dtype).removeprefix('torch.')}"
-            yield name, partial(kernels.forward, *_inputs(M, D, dtype))
-            yield name, partial(kernels.backward, *_gradient(M, D, dtype), [True, True, True])
+        yield from _calls(SHAPES, dtype)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The other shapes, in bfloat16; then the subsets of gradients, and rows odd in size."""
+    yield from _calls(SHAPES_TOO, torch.bfloat16)
     M, D, dtype = 12, 768, torch.bfloat16
     for needs in ([True, False, False], [False, True, False], [False, False, True], [True, True, False]):
         wanted = " ".join(n for n, need in zip(("query", "rows", "prompts"), needs, strict=True) if need)
@@ -35,6 +34,18 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for width in (1000, 253):
         yield f"width {width}", partial(kernels.forward, *_inputs(M, width, dtype))
         yield f"width {width}", partial(kernels.backward, *_gradient(M, width, dtype), [True, True, True])
+
+
+def _calls(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    architecture = launch.architecture(torch.device("meta"))
+    for M, D in shapes:
+        if (16 if M <= 16 else 32) * D > largest(architecture, dtype.itemsize):
+            continue
+        name = f"[{B}, {M}, {D}] {str(dtype).removeprefix('torch.')}"
+        yield name, partial(kernels.forward, *_inputs(M, D, dtype))
+        yield name, partial(kernels.backward, *_gradient(M, D, dtype), [True, True, True])
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ def read(compiled: Compiled) -> Machine:
         file.write(compiled.kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = _run("nvdisasm", "--no-dataflow", "-c", file.name)
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump names no registers for {compiled.name}:\n{usage}")

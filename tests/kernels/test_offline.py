@@ -1,4 +1,7 @@
-"""Every configuration in the tables compiles for GPUs that are not there: no spills, the right matrix instructions."""
+"""Every configuration in the tables compiles for GPUs that are not there: no spills, the right matrix instructions.
+
+Other shapes and options that make other code of them are compiled by `python -m bench.offline`, which CI runs.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("module", offline.modules())
 @pytest.mark.parametrize("arch", offline.ARCHITECTURES)
 def test_every_configuration_compiles_without_faults(arch: int, module: str, tmp_path: Path) -> None:
-    done = run("--arch", str(arch), "--module", module, "--json", str(tmp_path / "rows.json"))
+    done = run("--entries", "--arch", str(arch), "--module", module, "--json", str(tmp_path / "rows.json"))
     faults = "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
     assert done.returncode == 0, f"{faults}\n{done.stderr[-2000:]}"
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -50,7 +50,7 @@ def interleaved(x: Tensor) -> Tensor:
     return buffer[..., 1, :, :]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.builds(
         Shape,
@@ -77,7 +77,7 @@ def test_any_shape(shape: Shape, dtype: torch.dtype, strided: bool, temperature:
 
 @pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
 def test_gradients_are_the_slopes_of_the_output() -> None:
-    inputs = draw(Shape(B=1, Nq=3, N=2, P=2, H=1, d=16), torch.float32, DEVICE)
+    inputs = draw(Shape(B=1, Nq=2, N=2, P=1, H=1, d=16), torch.float32, DEVICE)
     tensors = [x.requires_grad_() for x in inputs.values() if x is not None]
     names = [name for name, x in inputs.items() if x is not None]
 

@@ -19,7 +19,7 @@ TENSORS = ("qkv", "prompt_k", "prompt_v", "temperature")
 SUBSETS = [set(names) for size in range(1, 5) for names in combinations(TENSORS, size)]
 SHAPES = {
     "several": Shape(),
-    "one token": Shape(B=24, Nq=1, N=1),
+    "one token": Shape(B=12, Nq=1, N=1),
     "no prompts": Shape(P=0, d=40),
     "head_dim 72": Shape(Nq=21, N=21, d=72),
     "ViT": Shape(B=1, Nq=197, N=197, d=64),

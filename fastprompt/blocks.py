@@ -218,7 +218,7 @@ def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> tupl
         norm = _frozen_norm(block, "norm2")
         if norm is not None:
             return folded_cross_attention_norm(x, cross.prompts, norm.weight, norm.bias, norm.eps)
-    return _cross(block, x, context, 3), None
+    return cross_attention(block, x, cross, residual=True), None
 
 
 def _mlp_input(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
@@ -239,7 +239,7 @@ def _mlp(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tens
 
 
 def _cross(block: Any, x: Tensor, context: Context, insert: int) -> Tensor:
-    """x [B, N, D], plus the cross-attention if it stands at this place of the residual stream (1, 3 or 5)."""
+    """x [B, N, D], plus the cross-attention if it stands at this end of the block (1 or 5)."""
     if context.cross is None or context.cross.insert != insert:
         return x
     return cross_attention(block, x, context.cross, residual=True)

@@ -17,15 +17,7 @@ from fastprompt.kernels.triton.prompt_cross_attention_kernels import (
 )
 
 
-def can_forward(
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor,
-    value: Tensor,
-    out_bias: Tensor | None,
-    residual: bool,
-    keep: bool,
-) -> str | None:
+def can_forward(x: Tensor, key: Tensor, *args: object) -> str | None:
     """The reason why :func:`forward` cannot serve these arguments, or None."""
     return launch.cannot_serve(x) or launch.cannot_serve(key) or _too_wide(key)
 
@@ -46,8 +38,8 @@ def forward(
 
 
 def can_norm_forward(x: Tensor, key: Tensor, *args: object) -> str | None:
-    """The reason why :func:`norm_forward` cannot serve these arguments, or None."""
-    return launch.cannot_serve(x) or launch.cannot_serve(key) or _too_wide(key)
+    """As :func:`can_forward`, for :func:`norm_forward`."""
+    return can_forward(x, key)
 
 
 def norm_forward(

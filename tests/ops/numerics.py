@@ -38,6 +38,13 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     return FLOATS[1:] if torch.cuda.is_available() else (torch.float32, torch.float16)
 
 
+def skip_unless_served(operation: str, backend: str, *arguments: object) -> None:
+    """Skip a shape that a kernel says it has no room for; `eager` serves all of them."""
+    reason = dispatch.why_not(operation, backend, *arguments)
+    if reason is not None:
+        pytest.skip(reason)
+
+
 def evaluate(
     function: Function, inputs: Inputs, cotangent: Tensor, trainable: set[str] | None = None
 ) -> dict[str, Tensor]:

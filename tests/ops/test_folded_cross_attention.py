@@ -18,6 +18,7 @@ from numerics import (
     by_layout,
     evaluate,
     saved_bytes,
+    skip_unless_served,
 )
 from torch import Tensor
 
@@ -96,9 +97,7 @@ def softmax_mlp(
 
 
 def assert_exact(backend: str, residual: bool, inputs: Inputs, given: Inputs | None = None) -> None:
-    reason = dispatch.why_not(OPERATION, backend, *inputs.values(), residual, True)
-    if reason is not None:
-        pytest.skip(reason)  # a kernel's dtypes and its room for columns; `eager` serves all of them
+    skip_unless_served(OPERATION, backend, *inputs.values(), residual, True)
     plain = partial(softmax_mlp, residual=residual)
     assert_as_exact_as_eager(partial(folded, residual=residual), plain, plain, inputs, given=given)
 

@@ -17,6 +17,7 @@ from numerics import (
     by_layout,
     evaluate,
     saved_bytes,
+    skip_unless_served,
 )
 from test_folded_cross_attention import NAMES, SHAPES, Shape, draw, softmax_mlp
 from test_gated_blend_norm import affine
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from fastprompt.ops import (
     FoldedPrompts,
-    dispatch,
     folded_cross_attention,
     folded_cross_attention_norm,
     folded_cross_attention_norm_reference,
@@ -79,9 +79,7 @@ def both(function: Callable[..., tuple[Tensor, Tensor]], norm: dict[str, Tensor]
 
 
 def assert_exact(backend: str, inputs: Inputs, norm: dict[str, Tensor], given: Inputs | None = None) -> None:
-    reason = dispatch.why_not(OPERATION, backend, *inputs.values(), *norm.values(), EPS, True)
-    if reason is not None:
-        pytest.skip(reason)  # a kernel's room for columns; `eager` serves all of them
+    skip_unless_served(OPERATION, backend, *inputs.values(), *norm.values(), EPS, True)
     assert_as_exact_as_eager(*(both(f, norm) for f in (fused, plain, reference)), inputs, given=given)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastprompt
-from bench.baselines import ConcatVPT
+from bench.papers import paper_model
 from fastprompt.methods import vpt
 
 CASES = golden_files.names("vpt_")
@@ -61,8 +61,7 @@ def test_features_and_gradients_equal_the_official_code(name: str, shortcuts: bo
 def test_the_concatenating_oracle_equals_the_official_code(name: str) -> None:
     """No shortcut at all: prompts are rows of every block."""
     case = golden_files.load(name)
-    model = prompt_model(case)
-    check(ConcatVPT(golden_files.backbone(case.mean_pooled), list(model.prompts), model.pool), case)
+    check(paper_model(prompt_model(case)), case)
 
 
 @SHORTCUTS

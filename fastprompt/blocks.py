@@ -19,15 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt import vit
 from fastprompt.ops import (
     FoldedPrompts,
+    Norm,
     ProjectedPrompts,
     direct_cross_attention,
     folded_cross_attention,
-    folded_cross_attention_norm,
     gated_blend,
-    gated_blend_norm,
     row_attention,
 )
-from fastprompt.ops.dispatch import is_fused
+from fastprompt.ops.dispatch import has_fused_kernel
 
 # Rows start..stop of a sequence; None is its end.
 Span: TypeAlias = tuple[int, int | None]
@@ -144,7 +143,13 @@ def run_block(
     following = None
     if context.gate is not None:
         delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
-        x, following = _blend(x, delta, entered, context.gate, context)
+        norm = None
+        if context.following is not None and has_fused_kernel("gated_blend", x):
+            norm = _frozen_norm(context.following, "norm1")
+        prompt_in = entered.narrow(1, context.prefix, context.carried)
+        x, following = gated_blend(
+            x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm
+        )
     elif spans is None:
         x = _mlp(block, x, normed, context)
     else:
@@ -212,7 +217,7 @@ def cross_attention(block: Block, x: Tensor, cross: Cross, *, residual: bool = F
     With `residual`, x is added.
     """
     if isinstance(cross.prompts, FoldedPrompts):
-        return folded_cross_attention(x, cross.prompts, residual=residual)
+        return folded_cross_attention(x, cross.prompts, residual=residual)[0]
     weights = vit.adapters(block)[1].plain_weights(block.attn)
     out = direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
     return x + out if residual else out
@@ -236,7 +241,7 @@ def _keys_values(block: Block, prompts: BlockPrompts | None) -> tuple[Tensor, Te
     return None if prompts.rows is None else vit.adapters(block)[1].keys_values(block.attn, prompts.rows)
 
 
-def _frozen_norm(block: Block, name: str) -> nn.LayerNorm | None:
+def _frozen_norm(block: Block, name: str) -> Norm | None:
     """Return norm1 or norm2 of `block` if it is a frozen LayerNorm before its branch, without hooks; else None."""
     norm = getattr(block, name)
     if isinstance(block, ResPostBlock) or type(norm) not in (nn.LayerNorm, LayerNorm):
@@ -246,19 +251,7 @@ def _frozen_norm(block: Block, name: str) -> nn.LayerNorm | None:
     )
     if watched or getattr(norm, "_fast_norm", False) or any(p.requires_grad for p in norm.parameters()):
         return None
-    return norm
-
-
-def _blend(
-    x: Tensor, delta: Tensor, entered: Tensor, gate: Tensor, context: Context
-) -> tuple[Tensor, Tensor | None]:
-    """x + delta, carried rows blended with those of `entered`, all [B, N, D]; and norm1 of that for the next block."""
-    prompt_in = entered.narrow(1, context.prefix, context.carried)
-    blend = (x, delta, prompt_in, gate, context.prefix, context.carried)
-    norm = None if context.following is None else _frozen_norm(context.following, "norm1")
-    if norm is None or not is_fused("gated_blend_norm", x):
-        return gated_blend(*blend), None
-    return gated_blend_norm(*blend, norm.weight, norm.bias, norm.eps)
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _add_attention(block: Block, x: Tensor, out: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
@@ -274,10 +267,9 @@ def _add_attention(block: Block, x: Tensor, out: Tensor, context: Context) -> tu
     x = adapter.add_attention(block, x, out)
     if cross is None or cross.insert != 3:
         return x, None
-    if isinstance(cross.prompts, FoldedPrompts) and is_fused("folded_cross_attention_norm", x):
+    if isinstance(cross.prompts, FoldedPrompts) and has_fused_kernel("folded_cross_attention", x):
         norm = _frozen_norm(block, "norm2")
-        if norm is not None:
-            return folded_cross_attention_norm(x, cross.prompts, norm.weight, norm.bias, norm.eps)
+        return folded_cross_attention(x, cross.prompts, residual=True, norm=norm)
     return cross_attention(block, x, cross, residual=True), None
 
 

@@ -156,7 +156,7 @@ def run_mean(
 
 def folds(block: Any, rope: bool) -> bool:
     """Whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
-    return vit.adapters(block)[1].folds(block.attn, rope) and not vit.drops_attention(block.attn)
+    return vit.adapters(block)[1].can_absorb_kv(block.attn, rope) and not vit.drops_attention(block.attn)
 
 
 def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:

@@ -78,7 +78,7 @@ class CVPT(PromptMethod):
 
 
 def _prepare(attn: Any, prompts: Tensor, tokens: int | None, *, fold: bool) -> Any:
-    weights = vit.ATTENTION[type(attn)].plain_weights(attn)
+    weights = vit.attention_adapter(attn).plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
     if fold and choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
         return fold_prompts(prompts, weights, H, attn.scale)

@@ -2,7 +2,7 @@
 
 A replaced module stays the same object, with its parameters, buffers, hooks and state_dict keys. Only its class
 changes, to a subclass of timm's class whose `forward` runs the kernels. This works with `.to()`, `.half()`,
-`copy.deepcopy`, pickling, `torch.compile`, torch.fx and gradient checkpointing, and is undone by changing the class back.
+`copy.deepcopy`, pickling, `torch.compile`, torch.fx and gradient checkpointing; changing the class back undoes it.
 """
 
 from __future__ import annotations

@@ -30,13 +30,13 @@ FROZEN_QUERY_BIAS = "_fastprompt_frozen_query_bias"
 class AttentionAdapter:
     """timm's `Attention`: one packed qkv Linear, optional q/k norm, output norm and output gate."""
 
-    def reason(self, attn: Any) -> str | None:
+    def reason(self, attn: TimmAttention) -> str | None:
         """Return why this instance is not supported, or None."""
         if getattr(attn, "num_kv_groups", 1) != 1:
             return f"grouped-query attention ({attn.num_heads} query heads on {attn.num_kv_heads} key heads)"
         return None
 
-    def packed(self, attn: Any, x: Tensor) -> Tensor | None:
+    def packed(self, attn: TimmAttention, x: Tensor) -> Tensor | None:
         """x [B, N, D] -> q, k and v as one tensor [B, N, 3, H, d], or None if they have separate maps."""
         if getattr(attn, FROZEN_QUERY_BIAS, False):
             q_bias, kv_bias = _split_bias(attn)
@@ -55,7 +55,7 @@ class AttentionAdapter:
             )
         return q, k, v
 
-    def weights(self, attn: Any) -> AttentionWeights | None:
+    def weights(self, attn: TimmAttention) -> AttentionWeights | None:
         """Return the four maps as views of the module's parameters, or None if they are not plain Linear layers."""
         if not (_plain(attn.qkv) and _plain(attn.proj)):
             return None
@@ -65,20 +65,20 @@ class AttentionAdapter:
             qb, _ = _split_bias(attn)
         return AttentionWeights(qw, qb, kw, kb, vw, vb, attn.proj.weight, attn.proj.bias)
 
-    def plain_weights(self, attn: Any) -> AttentionWeights:
+    def plain_weights(self, attn: TimmAttention) -> AttentionWeights:
         """Return `weights`; raise TypeError for an attention that `prompt_reason` refuses."""
         weights = self.weights(attn)
         if weights is None:
             raise TypeError("the attention's maps are not plain Linear layers; check `prompt_reason` first")
         return weights
 
-    def key_value_map(self, attn: Any) -> tuple[Tensor, Tensor | None]:
+    def key_value_map(self, attn: TimmAttention) -> tuple[Tensor, Tensor | None]:
         """Return the map of keys and values as one Linear: weight [2·H·d, D], bias [2·H·d] or None."""
         inner = attn.qkv.weight.shape[0] // 3
         return attn.qkv.weight[inner:], None if attn.qkv.bias is None else attn.qkv.bias[inner:]
 
     def qkv(
-        self, attn: Any, x: Tensor, rope: Tensor | None = None, extra_prefix: int = 0
+        self, attn: TimmAttention, x: Tensor, rope: Tensor | None = None, extra_prefix: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D] -> normed and rotated q, k and v, [B, N, H, d].
 
@@ -89,7 +89,7 @@ class AttentionAdapter:
         return _rotate(attn, q, v, rope, extra_prefix), _rotate(attn, k, v, rope, extra_prefix), v
 
     def keys_values(
-        self, attn: Any, x: Tensor, rope: Tensor | None = None, extra_prefix: int = 0
+        self, attn: TimmAttention, x: Tensor, rope: Tensor | None = None, extra_prefix: int = 0
     ) -> tuple[Tensor, Tensor]:
         """x [..., N, D] -> normed and rotated k and v, [..., N, H, d]; computes no queries."""
         weight, bias = self.key_value_map(attn)
@@ -98,17 +98,17 @@ class AttentionAdapter:
         )
         return _rotate(attn, attn.k_norm(k), v, rope, extra_prefix), v
 
-    def queries(self, attn: Any, x: Tensor) -> Tensor:
+    def queries(self, attn: TimmAttention, x: Tensor) -> Tensor:
         """Rows without rotary embedding (prefix rows) [B, R, D] -> normed q [B, R, H, d]."""
         weights = self.plain_weights(attn)
         q = F.linear(x, weights.q_weight, weights.q_bias)
         return attn.q_norm(rearrange(q, "B R (H d) -> B R H d", H=attn.num_heads))
 
-    def can_absorb_kv(self, attn: Any, rope: bool) -> bool:
+    def can_absorb_kv(self, attn: TimmAttention, rope: bool) -> bool:
         """Return whether the key and value maps can be absorbed into query and output (`ops.row_attention`)."""
         return not rope and isinstance(attn.k_norm, nn.Identity) and isinstance(attn.q_norm, nn.Identity)
 
-    def finish(self, attn: Any, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, attn: TimmAttention, out: Tensor, x: Tensor) -> Tensor:
         """Attention's output [B, N, H, d] for its input x [B, N, D] -> [B, N, D]: norm, gate, projection, dropout."""
         out = attn.norm(rearrange(out, "B N H d -> B N (H d)"))
         gate = getattr(attn, "gate", None)
@@ -120,10 +120,10 @@ class AttentionAdapter:
 class RopeAttentionAdapter(AttentionAdapter):
     """timm's `AttentionRope`: one packed map or three separate ones, each with its bias."""
 
-    def packed(self, attn: Any, x: Tensor) -> Tensor | None:
+    def packed(self, attn: TimmAttention, x: Tensor) -> Tensor | None:
         return None if attn.qkv is None else super().packed(attn, x)
 
-    def weights(self, attn: Any) -> AttentionWeights | None:
+    def weights(self, attn: TimmAttention) -> AttentionWeights | None:
         if attn.qkv is not None:
             return super().weights(attn)
         maps = (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj)
@@ -132,7 +132,7 @@ class RopeAttentionAdapter(AttentionAdapter):
         q, k, v, proj = maps
         return AttentionWeights(q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, proj.weight, proj.bias)
 
-    def key_value_map(self, attn: Any) -> tuple[Tensor, Tensor | None]:
+    def key_value_map(self, attn: TimmAttention) -> tuple[Tensor, Tensor | None]:
         if attn.qkv is not None:
             return super().key_value_map(attn)
         k, v = attn.k_proj, attn.v_proj
@@ -168,10 +168,10 @@ class EvaAttentionAdapter(RopeAttentionAdapter):
 class BlockAdapter:
     """timm's `Block`: x + drop_path1(ls1(attn(norm1(x)))), then the same around the MLP."""
 
-    def attention_input(self, block: Any, x: Tensor) -> Tensor:
+    def attention_input(self, block: TimmBlock, x: Tensor) -> Tensor:
         return block.norm1(x)
 
-    def attention_delta(self, block: Any, out: Tensor) -> Tensor:
+    def attention_delta(self, block: TimmBlock, out: Tensor) -> Tensor:
         """Return what the attention branch adds to the residual stream, given the attention's output."""
         return block.drop_path1(self.attention_scale(block, out))
 
@@ -179,20 +179,20 @@ class BlockAdapter:
         """Apply layer scale, or the norm in its place, to the attention's output."""
         return block.ls1(out)
 
-    def add_attention(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
+    def add_attention(self, block: TimmBlock, x: Tensor, out: Tensor) -> Tensor:
         return x + self.attention_delta(block, out)
 
-    def mlp_input(self, block: Any, x: Tensor) -> Tensor:
+    def mlp_input(self, block: TimmBlock, x: Tensor) -> Tensor:
         return block.norm2(x)
 
     def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
         """Return what the MLP branch adds to the residual stream, given the MLP's output."""
         return block.drop_path2(block.ls2(out))
 
-    def add_mlp(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
+    def add_mlp(self, block: TimmBlock, x: Tensor, out: Tensor) -> Tensor:
         return x + self.mlp_delta(block, out)
 
-    def mean_commutes(self, block: Any) -> bool:
+    def mean_commutes(self, block: TimmBlock) -> bool:
         """Return whether a mean over rows may be taken before `fc2` and the residual add."""
         mlp = block.mlp
         return type(mlp) in (Mlp, GluMlp, SwiGLU) and _plain(mlp.fc2) and not _active(mlp.drop2)
@@ -201,19 +201,19 @@ class BlockAdapter:
 class ResPostBlockAdapter(BlockAdapter):
     """timm's `ResPostBlock`: the norms come after attention and MLP."""
 
-    def attention_input(self, block: Any, x: Tensor) -> Tensor:
+    def attention_input(self, block: TimmBlock, x: Tensor) -> Tensor:
         return x
 
-    def attention_scale(self, block: Any, out: Tensor) -> Tensor:
+    def attention_scale(self, block: TimmBlock, out: Tensor) -> Tensor:
         return block.norm1(out)
 
-    def mlp_input(self, block: Any, x: Tensor) -> Tensor:
+    def mlp_input(self, block: TimmBlock, x: Tensor) -> Tensor:
         return x
 
-    def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
+    def mlp_delta(self, block: TimmBlock, out: Tensor) -> Tensor:
         return block.drop_path2(block.norm2(out))
 
-    def mean_commutes(self, block: Any) -> bool:
+    def mean_commutes(self, block: TimmBlock) -> bool:
         return False  # norm2 normalises each row of the MLP's output
 
 
@@ -255,7 +255,7 @@ def timm_class(attn: nn.Module) -> type[nn.Module]:
     return vars(cls).get("timm_class", cls)
 
 
-def attention_reason(attn: nn.Module) -> str | None:
+def attention_reason(attn: Any) -> str | None:
     """Return why this attention module is not supported, or None."""
     adapter = ATTENTION.get(timm_class(attn))
     if adapter is None:
@@ -349,12 +349,12 @@ def mlp_hidden(mlp: Any, x: Tensor) -> Tensor:
     return mlp.norm(mlp.drop1(hidden))
 
 
-def _unflatten(attn: Any, qkv: Tensor) -> Tensor:
+def _unflatten(attn: TimmAttention, qkv: Tensor) -> Tensor:
     """[B, N, 3·H·d] -> [B, N, 3, H, d]."""
     return qkv.unflatten(-1, (3, attn.num_heads, -1))
 
 
-def _split_bias(attn: Any) -> tuple[Tensor, Tensor]:
+def _split_bias(attn: TimmAttention) -> tuple[Tensor, Tensor]:
     """Split the packed bias into its query part, detached, and the rest."""
     inner = attn.qkv.bias.shape[0] // 3
     return attn.qkv.bias[:inner].detach(), attn.qkv.bias[inner:]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastprompt import vit
 from fastprompt.blocks import Span, select
+from fastprompt.refusals import refusal
 
 MODELS = (VisionTransformer, VisionTransformerDistilled, Eva)
 POOLS = ("backbone", "all", "image", "prompt")
@@ -23,17 +24,13 @@ class Reading(NamedTuple):
     spans: tuple[Span, ...] | None = None
 
 
-def model_reason(model: object) -> str | None:
+def model_reason(model: Any) -> str | None:
     """Why `model` cannot be prompted, or None."""
     if type(model) not in MODELS:
-        path = vit.class_path(model)
-        known = ", ".join(cls.__name__ for cls in MODELS)
-        if isinstance(model, MODELS):
-            return f"{path}: a subclass may compute something else; only {known} themselves are served"
-        return f"{path}: not one of timm's {known}, whose tokens, blocks and head are read"
-    if not model.blocks:  # type: ignore[attr-defined]
+        return refusal(model, MODELS)
+    if not model.blocks:
         return f"{vit.class_path(model)}: it has no blocks"
-    for i, block in enumerate(model.blocks):  # type: ignore[attr-defined]
+    for i, block in enumerate(model.blocks):
         reason = vit.prompt_reason(block)
         if reason is not None:
             return f"blocks.{i}: {reason}"

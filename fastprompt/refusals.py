@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import nn
 
@@ -100,7 +100,7 @@ def is_refused(module: nn.Module) -> bool:
     return _known(module, ATTENTION_REASONS) is not None
 
 
-def refusal(module: nn.Module, supported: Iterable[type[nn.Module]]) -> str:
+def refusal(module: nn.Module, supported: Collection[type[nn.Module]]) -> str:
     """Return "class: reason" for a module whose class is none of those in `supported`.
 
     The reason is that of the class itself or of one that it derives from, else that of the first module inside that

@@ -23,7 +23,7 @@ from timm.models.eva import Eva, EvaAttention
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.fx import Proxy
+from torch.fx import GraphModule, Proxy
 
 from fastprompt import vit
 from fastprompt.ops import dispatch
@@ -144,7 +144,9 @@ class ReplacementReport:
         if self.replaced:
             return None
         if not self.skipped:
-            return f"no attention modules were recognised in {class_path(self._model)}"
+            reason = f"no attention modules were recognised in {class_path(self._model)}"
+            traced = any(isinstance(m, GraphModule | torch.jit.ScriptModule) for m in self._model.modules())
+            return f"{reason}; replace attention before tracing" if traced else reason
         return "; ".join(dict.fromkeys(r.reason for r in self.skipped if r.reason))
 
     def fallback_calls(self) -> dict[str, int]:

@@ -12,9 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastprompt import vit
-from fastprompt.blocks import Block, Span, select
+from fastprompt.blocks import Span, select
 from fastprompt.config import Pool
-from fastprompt.ops.registration import autocast_enabled
+from fastprompt.ops.operator import autocast_enabled
+from fastprompt.refusals import class_path, refusal
+from fastprompt.vit import TimmBlock
 
 MODELS = (VisionTransformer, VisionTransformerDistilled, Eva)
 Backbone: TypeAlias = VisionTransformer | Eva
@@ -30,14 +32,10 @@ class HeadInput(NamedTuple):
 def model_reason(model: nn.Module) -> str | None:
     """Return why prompts are not supported for `model`, or None."""
     if type(model) not in MODELS:
-        path = vit.class_path(model)
-        known = ", ".join(cls.__name__ for cls in MODELS)
-        if isinstance(model, MODELS):
-            return f"{path}: a subclass may compute something else; only {known} themselves are supported"
-        return f"{path}: not one of timm's {known}"
+        return refusal(model, MODELS)
     blocks = blocks_of(cast(Backbone, model))
     if not blocks:
-        return f"{vit.class_path(model)}: it has no blocks"
+        return f"{class_path(model)}: it has no blocks"
     for i, block in enumerate(blocks):
         reason = vit.prompt_reason(block)
         if reason is not None:
@@ -58,9 +56,9 @@ def pool_reason(model: Backbone, pool: Pool) -> str | None:
     return None
 
 
-def blocks_of(model: Backbone) -> list[Block]:
+def blocks_of(model: Backbone) -> list[TimmBlock]:
     """Return the blocks of `model`."""
-    return cast("list[Block]", list(model.blocks))
+    return cast("list[TimmBlock]", list(model.blocks))
 
 
 def patch_size(model: Backbone) -> tuple[int, int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
-from timm.layers import LayerNorm
+from timm.layers import GluMlp, LayerNorm, Mlp, SwiGLU
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,35 +27,12 @@ from fastprompt.ops import (
     row_attention,
 )
 from fastprompt.ops.dispatch import has_fused_kernel
+from fastprompt.vit import TimmAttention, TimmBlock
 
 # Rows start..stop of a sequence; None is its end.
 Span: TypeAlias = tuple[int, int | None]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-class Attention(Protocol):
-    """What is read of a timm attention besides what its adapter reads."""
-
-    num_heads: int
-    scale: float
-    attn_drop: nn.Dropout
-
-
-class FeedForward(Protocol):
-    """What is read of a timm MLP."""
-
-    fc2: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
-class Block(Protocol):
-    """What is read of a timm block (`Block`, `ResPostBlock`, `EvaBlock`) besides what its adapter reads."""
-
-    attn: Attention
-    mlp: FeedForward
-    drop_path1: nn.Module
 
 
 class BlockPrompts(NamedTuple):
@@ -96,22 +73,22 @@ class Context(NamedTuple):
     masked: bool = False
     temperature: Tensor | None = None
     gate: Tensor | None = None
-    following: Block | None = None
+    following: TimmBlock | None = None
     cross: Cross | None = None
     normed: Tensor | None = None
 
 
-def prepare_prompts(block: Block, prompts: Tensor, *, folded: bool) -> BlockPrompts:
+def prepare_prompts(block: TimmBlock, prompts: Tensor, *, folded: bool) -> BlockPrompts:
     """Prompts [P, D] or [B, P, D] -> what the attention of `block` reads of them, in :func:`run_rows` if `folded`."""
     block_adapter, attention = vit.adapters(block)
     rows = block_adapter.attention_input(block, prompts)
     if folded:
         return BlockPrompts(rows, None, None)
-    return BlockPrompts(None, *attention.keys_values(block.attn, rows))
+    return BlockPrompts(None, *attention.keys_values(attention_of(block), rows))
 
 
 def run_block(
-    block: Block,
+    block: TimmBlock,
     x: Tensor,
     prompts: BlockPrompts | None,
     context: Context,
@@ -129,45 +106,39 @@ def run_block(
         (else None).
     """
     adapter, attention = vit.adapters(block)
-    x = _cross(block, x, context, 1)
+    attn = attention_of(block)
+    x = entered = _cross(block, x, context, 1)
     h = adapter.attention_input(block, x) if context.normed is None else context.normed
     if context.masked:
-        out = _attend_masked(block, h, context)
+        out = _attend_masked(attn, h, context)
     else:
         keys_values = _keys_values(block, prompts)
         out = vit.self_attend(
-            block.attn, h, keys_values, context.temperature, rope=context.rope, extra_prefix=context.carried
+            attn, h, keys_values, context.temperature, rope=context.rope, extra_prefix=context.carried
         )
-    entered = x
-    x, normed = _add_attention(block, x, attention.finish(block.attn, out, h), context)
-    following = None
-    if context.gate is not None:
-        delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
-        norm = None
-        if context.following is not None and has_fused_kernel("gated_blend", x):
-            norm = _frozen_norm(context.following, "norm1")
-        prompt_in = entered.narrow(1, context.prefix, context.carried)
-        x, following = gated_blend(
-            x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm
-        )
-    elif spans is None:
-        x = _mlp(block, x, normed, context)
-    else:
-        x, normed = select(x, spans), None if normed is None else select(normed, spans)
-        if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
-            return _mlp(block, x, normed, context).mean(1), None
-        hidden = vit.mlp_hidden(block.mlp, _mlp_input(block, x, normed, context)).mean(1, keepdim=True)
-        return adapter.add_mlp(block, x.mean(1, keepdim=True), block.mlp.fc2(hidden)).squeeze(1), None
-    return (x, following) if spans is None else (select(x, spans).mean(1), None)
+    x, normed = _add_attention(block, x, attention.finish(attn, out, h), context)
+    if context.gate is None:
+        return (
+            _mlp(block, x, normed, context) if spans is None else _mlp_mean(block, x, normed, context, spans)
+        ), None
+    delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
+    norm = None
+    if context.following is not None and has_fused_kernel("gated_blend", x):
+        norm = _frozen_norm(context.following, "norm1")
+    prompt_in = entered.narrow(1, context.prefix, context.carried)
+    x, normed = gated_blend(x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm)
+    return (x, normed) if spans is None else (select(x, spans).mean(1), None)
 
 
-def run_rows(block: Block, x: Tensor, prompts: BlockPrompts | None, context: Context, count: int) -> Tensor:
+def run_rows(
+    block: TimmBlock, x: Tensor, prompts: BlockPrompts | None, context: Context, count: int
+) -> Tensor:
     """Run the first `count` rows (prefix tokens: no gate touches them): x [B, N, D] -> [B, count, D].
 
     Keys and values of the other rows are not computed either, unless q/k norm or rotary embedding acts on them.
     """
     adapter, attention = vit.adapters(block)
-    attn = block.attn
+    attn = attention_of(block)
     x = _cross(block, x, context, 1)
     h = adapter.attention_input(block, x) if context.normed is None else context.normed
     read = h[:, :count]
@@ -191,6 +162,11 @@ def run_rows(block: Block, x: Tensor, prompts: BlockPrompts | None, context: Con
     return _mlp(block, rows, normed, context)
 
 
+def attention_of(block: TimmBlock) -> TimmAttention:
+    """Return the attention module of `block`."""
+    return cast(TimmAttention, block.attn)
+
+
 def recomputed(model: nn.Module, run: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return `run`, recomputed in the backward if the timm `model` has gradient checkpointing on."""
     if not getattr(model, "grad_checkpointing", False):
@@ -198,9 +174,10 @@ def recomputed(model: nn.Module, run: Callable[_P, _R]) -> Callable[_P, _R]:
     return partial(checkpoint, run, use_reentrant=False)
 
 
-def folds(block: Block, rope: bool) -> bool:
+def folds(block: TimmBlock, rope: bool) -> bool:
     """Return whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
-    return vit.adapters(block)[1].folds(block.attn, rope) and not vit.drops_attention(block.attn)
+    attn = attention_of(block)
+    return vit.attention_adapter(attn).can_absorb_kv(attn, rope) and not vit.drops_attention(attn)
 
 
 def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -211,37 +188,42 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
-def cross_attention(block: Block, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
+def cross_attention(block: TimmBlock, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
     """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention.
 
     With `residual`, x is added.
     """
     if isinstance(cross.prompts, FoldedPrompts):
         return folded_cross_attention(x, cross.prompts, residual=residual)[0]
-    weights = vit.adapters(block)[1].plain_weights(block.attn)
-    out = direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
+    attn = attention_of(block)
+    weights = vit.attention_adapter(attn).plain_weights(attn)
+    out = direct_cross_attention(x, cross.prompts, weights, scale=attn.scale)
     return x + out if residual else out
 
 
-def _attend_masked(block: Block, h: Tensor, context: Context) -> Tensor:
+def _attend_masked(attn: TimmAttention, h: Tensor, context: Context) -> Tensor:
     """Self-attention in which the carried prompts attend to patches alone: h [B, N, D] -> [B, N, H, d]."""
     start, stop = context.prefix, context.prefix + context.carried
-    q, k, v = vit.adapters(block)[1].qkv(block.attn, h, context.rope, context.carried)
-    image = vit.attend(block.attn, select(q, ((0, start), (stop, None))), k, v, None, context.temperature)
-    prompt = vit.attend(block.attn, q[:, start:stop], k[:, stop:], v[:, stop:], None, context.temperature)
+    q, k, v = vit.attention_adapter(attn).qkv(attn, h, context.rope, context.carried)
+    image = vit.attend(attn, select(q, ((0, start), (stop, None))), k, v, None, context.temperature)
+    prompt = vit.attend(attn, q[:, start:stop], k[:, stop:], v[:, stop:], None, context.temperature)
     return torch.cat([image[:, :start], prompt, image[:, start:]], dim=1)
 
 
-def _keys_values(block: Block, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:
+def _keys_values(block: TimmBlock, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:
     if prompts is None:
         return None
     if prompts.key is not None and prompts.value is not None:
         return prompts.key, prompts.value
     # Prepared for `run_rows`, and now all rows are asked for.
-    return None if prompts.rows is None else vit.adapters(block)[1].keys_values(block.attn, prompts.rows)
+    return (
+        None
+        if prompts.rows is None
+        else vit.adapters(block)[1].keys_values(attention_of(block), prompts.rows)
+    )
 
 
-def _frozen_norm(block: Block, name: str) -> Norm | None:
+def _frozen_norm(block: TimmBlock, name: str) -> Norm | None:
     """Return norm1 or norm2 of `block` if it is a frozen LayerNorm before its branch, without hooks; else None."""
     norm = getattr(block, name)
     if isinstance(block, ResPostBlock) or type(norm) not in (nn.LayerNorm, LayerNorm):
@@ -254,7 +236,9 @@ def _frozen_norm(block: Block, name: str) -> Norm | None:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _add_attention(block: Block, x: Tensor, out: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+def _add_attention(
+    block: TimmBlock, x: Tensor, out: Tensor, context: Context
+) -> tuple[Tensor, Tensor | None]:
     """Add the attention's output (and the cross-attention beside or after it) to x, both [B, N, D].
 
     The second result is norm2 of the sum if one kernel computes both, else None.
@@ -273,7 +257,7 @@ def _add_attention(block: Block, x: Tensor, out: Tensor, context: Context) -> tu
     return cross_attention(block, x, cross, residual=True), None
 
 
-def _mlp_input(block: Block, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+def _mlp_input(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
     """Return what enters the MLP for x [B, N, D]; `normed` is norm2 of x if it has been computed, or None."""
     if normed is not None:
         return normed
@@ -283,12 +267,25 @@ def _mlp_input(block: Block, x: Tensor, normed: Tensor | None, context: Context)
     return h
 
 
-def _mlp(block: Block, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+def _mlp(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
     x = vit.adapters(block)[0].add_mlp(block, x, block.mlp(_mlp_input(block, x, normed, context)))
     return _cross(block, x, context, 5)
 
 
-def _cross(block: Block, x: Tensor, context: Context, insert: int) -> Tensor:
+def _mlp_mean(
+    block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context, spans: tuple[Span, ...]
+) -> Tensor:
+    """The mean over `spans` of what :func:`_mlp` returns; only their rows run, and `fc2` after the mean."""
+    adapter, _ = vit.adapters(block)
+    x, normed = select(x, spans), None if normed is None else select(normed, spans)
+    if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
+        return _mlp(block, x, normed, context).mean(1)
+    mlp = cast(Mlp | GluMlp | SwiGLU, block.mlp)
+    hidden = vit.mlp_hidden(mlp, _mlp_input(block, x, normed, context)).mean(1, keepdim=True)
+    return adapter.add_mlp(block, x.mean(1, keepdim=True), mlp.fc2(hidden)).squeeze(1)
+
+
+def _cross(block: TimmBlock, x: Tensor, context: Context, insert: int) -> Tensor:
     """Add the cross-attention to x [B, N, D] if it stands at this end of the block (1 or 5)."""
     if context.cross is None or context.cross.insert != insert:
         return x

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastprompt import backbone
 from fastprompt.backbone import Backbone
+from fastprompt.blocks import attention_of
 from fastprompt.config import PromptConfig
 from fastprompt.methods import MODELS, FoldedPromptModel, PromptModel, PromptOutput
 
@@ -55,9 +56,10 @@ def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool 
 
 def _attention_dropout_reason(base: Backbone) -> str | None:
     for i, block in enumerate(backbone.blocks_of(base)):
-        if block.attn.attn_drop.p > 0:
+        probability = attention_of(block).attn_drop.p
+        if probability > 0:
             return (
-                f"blocks.{i}: attention dropout {block.attn.attn_drop.p} would be active with "
+                f"blocks.{i}: attention dropout {probability} would be active with "
                 "backbone_train_mode=True and is not supported; build the model with attn_drop_rate=0"
             )
     return None

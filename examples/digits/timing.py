@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from bench.correctness import assert_as_exact
-from bench.papers import paper_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.measure import interleaved
+from bench.papers import paper_model
 from fastprompt import PromptModel
 from fastprompt.training.loop import adamw
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, blocks, vit
 from fastprompt.backbone import Backbone, HeadInput
-from fastprompt.blocks import Block, Context, Cross
+from fastprompt.blocks import Context, Cross
 from fastprompt.config import CVPTConfig, PromptConfig
 from fastprompt.methods.base import OnBlock, PromptModel
 from fastprompt.ops import FoldedPrompts, ProjectedPrompts, choose_form, fold_prompts, project_prompts
+from fastprompt.refusals import class_path
+from fastprompt.vit import TimmBlock
 
 
 class CVPTModel(PromptModel):
@@ -83,24 +85,26 @@ class CVPTModel(PromptModel):
 
 
 def _prepare(
-    block: Block, prompts: Tensor, tokens: int | None, *, fold: bool
+    block: TimmBlock, prompts: Tensor, tokens: int | None, *, fold: bool
 ) -> FoldedPrompts | ProjectedPrompts:
-    attn = block.attn
-    weights = vit.adapters(block)[1].plain_weights(attn)
+    attn = blocks.attention_of(block)
+    weights = vit.attention_adapter(attn).plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
     if fold and choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
         return fold_prompts(prompts, weights, H, attn.scale)
     return project_prompts(prompts, weights, H)
 
 
-def _reason(block: Block) -> str | None:
+def _reason(block: TimmBlock) -> str | None:
     """Return why the weights of this block's self-attention do not define a cross-attention, or None."""
     if isinstance(block, ResPostBlock):
-        return f"{vit.class_path(block)} norms after its branches, for which CVPT's insertion places are not defined"
-    attn = block.attn
+        return (
+            f"{class_path(block)} norms after its branches, for which CVPT's insertion places are not defined"
+        )
+    attn = blocks.attention_of(block)
     for name in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, name), nn.Identity):
-            return f"{vit.class_path(attn)} has `{name}`, and CVPT's cross-attention is defined without"
+            return f"{class_path(attn)} has `{name}`, and CVPT's cross-attention is defined without"
     if getattr(attn, "gate", None) is not None:
-        return f"{vit.class_path(attn)} has an output gate, and CVPT's cross-attention is defined without"
+        return f"{class_path(attn)} has an output gate, and CVPT's cross-attention is defined without"
     return None

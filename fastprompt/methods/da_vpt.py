@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, vit
 from fastprompt.backbone import Backbone, HeadInput
-from fastprompt.blocks import Block
 from fastprompt.config import DAVPTConfig, PromptConfig
 from fastprompt.methods.base import PromptOutput
 from fastprompt.methods.class_map import map_classes
 from fastprompt.methods.proxy_loss import proxy_loss, similarities
 from fastprompt.methods.vpt import VPTModel, VPTState
-from fastprompt.ops.registration import accumulation_dtype
+from fastprompt.ops.operator import accumulation_dtype
+from fastprompt.vit import TimmBlock
 
 EPS = 1e-6
 View = Literal["cls", "prompt", "query", "key"]
@@ -248,21 +248,21 @@ def _earlier(labels: Tensor) -> Tensor:
     return (labels.unsqueeze(1) == labels).tril(-1).sum(1)
 
 
-def block_view(block: Block, rows: Tensor, kind: View) -> Tensor:
+def block_view(block: TimmBlock, rows: Tensor, kind: View) -> Tensor:
     """Return rows [..., D] at the block's input, themselves ("cls", "prompt") or as the block's queries or keys."""
     if kind in ("cls", "prompt"):
         return rows
     adapter, attention = vit.adapters(block)
-    weights = attention.plain_weights(block.attn)
+    weights = attention.plain_weights(blocks.attention_of(block))
     h = adapter.attention_input(block, rows)
     if kind == "query":
         return F.linear(h, weights.q_weight, weights.q_bias)
     return F.linear(h, weights.k_weight, weights.k_bias)
 
 
-def _check_widths(config: DAVPTConfig, block: Block, i: int) -> None:
+def _check_widths(config: DAVPTConfig, block: TimmBlock, i: int) -> None:
     """Refuse to compare rows of the model's width with projections of another (`attn_head_dim`)."""
-    weights = vit.adapters(block)[1].weights(block.attn)
+    weights = vit.adapters(block)[1].weights(blocks.attention_of(block))
     if weights is None or weights.q_weight.shape[0] == weights.q_weight.shape[1]:
         return
     pairs = {("cls", config.proxy_for_patch), (config.class_feature, config.proxy_for_class)}

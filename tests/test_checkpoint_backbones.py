@@ -95,7 +95,7 @@ def test_cross_attention_of_its_own_is_refused(with_backbone: bool) -> None:
     copies["blocks.1.CrossAttn.k.bias"] = copies["blocks.1.CrossAttn.k.bias"] + 1
     whole = copies | state | (backbone_state() if with_backbone else {})
     (line,) = refused(model, whole, strict=False)[1:]
-    assert line.startswith("- blocks.1.CrossAttn.k.bias: not the block's own attention weight")
+    assert line.startswith("- blocks.1.CrossAttn.k.bias: differs from the block's own attention weight")
 
 
 def test_mae_leaves_prompts_head_and_the_norm_after_the_mean_as_they_are() -> None:

@@ -77,7 +77,7 @@ def prefixed(state: State, prefix: str) -> State:
 
 def separate(state: State, parts: tuple[str, str, str] = ("q", "k", "v")) -> State:
     """Packed maps apart, `attn.qkv` as `attn.q`, `attn.k` and `attn.v`."""
-    found = {}
+    found: State = {}
     for key, t in state.items():
         if ".qkv." in key:
             found |= {key.replace("qkv", part): third for part, third in zip(parts, t.chunk(3), strict=True)}

@@ -56,7 +56,8 @@ def refused(model: Any, state: Any, strict: bool = True) -> list[str]:
     with pytest.raises(ValueError, match="`load_official_state_dict`") as error:
         load_official_state_dict(model, state, strict=strict)
     for name, t in model.state_dict().items():
-        torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(t.isnan(), before[name].isnan()), name
+        assert torch.equal(t.nan_to_num(), before[name].nan_to_num()), name
     return str(error.value).splitlines()
 
 
@@ -157,6 +158,53 @@ def test_norm_of_da_vpts_prompts_and_no_unguided_blocks() -> None:
     assert torch.equal(model.prompts[2], state["proxy_prompt_tokens"][2].double())
     assert torch.equal(model.prompt_norm.weight, state["vpt_norm.weight"].double())
     assert torch.equal(model.prompt_norm.bias, state["vpt_norm.bias"].double())
+
+
+def da_vpt() -> tuple[Any, State]:
+    """A model of three classes and two proxies, and a state for it with the class map that DA-VPT's module holds."""
+    base = golden_files.backbone(False, num_classes=3)
+    state: State = {
+        "proxy_prompt_tokens": torch.randn(1, 2, 64),
+        "other_prompt_tokens": torch.randn(2, 4, 64),
+        "head.weight": torch.randn(3, 64),
+        "head.bias": torch.randn(3),
+    }
+    return fastprompt.get_prompt_model(base, fastprompt.DAVPTConfig(4, 2, (1, 1))), state
+
+
+@pytest.mark.parametrize("mapping", [[1, 0, 0], [1.0, 0.0, 0.0], torch.tensor([1, 0, 0])], ids=repr)
+def test_class_map_of_da_vpt(mapping: Any) -> None:
+    model, state = da_vpt()
+    centroids = torch.randn(2, 64)
+    extra = {"vpt_criterion.mapping": mapping, "vpt_criterion.centroids": centroids}
+    assert load_official_state_dict(model, {**state, **extra}).loaded == (*state, *extra)
+    assert model.class_to_prompt.tolist() == [1, 0, 0]
+    assert model.class_to_prompt.dtype == torch.int64
+    assert torch.equal(model.class_centroids, centroids.double())
+
+
+def test_class_map_is_optional() -> None:
+    model, state = da_vpt()
+    before = model.class_to_prompt.clone()
+    assert load_official_state_dict(model, state).missing == ()
+    assert torch.equal(model.class_to_prompt, before)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ([0, 1, 2], "must name prompts of 0..1 for all classes; check `num_proxy_prompts`"),
+        ([0, -1, 1], "must name prompts of 0..1"),
+        ([0, 0.5, 1], "must name prompts of 0..1"),
+        ([0, float("nan"), 1], "must name prompts of 0..1"),
+        ([0, 1j, 1], "is torch.complex64; integers are needed"),
+        ([0, 1], "is (2,), the model's is (3,); check the timm model's `num_classes`"),
+    ],
+)
+def test_broken_class_maps_are_refused(mapping: Any, message: str) -> None:
+    model, state = da_vpt()
+    (line,) = refused(model, {**state, "vpt_criterion.mapping": mapping}, strict=False)[1:]
+    assert line.startswith(f"- vpt_criterion.mapping: {message}")
 
 
 def test_gate_vpt_without_gates_and_temperature_reads_plain_prompts() -> None:

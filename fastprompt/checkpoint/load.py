@@ -139,13 +139,16 @@ class _Plan:
         self.values: dict[str, Tensor] = {}
         # CVPT's copies of the attention come last, because they are compared with the attention.
         for key, name in sorted(names.items(), key=lambda item: CROSS.fullmatch(item[1]) is not None):
-            self._add(key, name, _as_tensor(name, state[key]))
+            self._add(key, name, state[key])
         self._check_backbone_and_missing()
         self._check_head(names)
 
-    def _add(self, key: str, name: str, value: Tensor | None) -> None:
-        """Plan the copy of one tensor of the state."""
-        if value is None:
+    def _add(self, key: str, name: str, raw: Any) -> None:
+        """Plan the copy of one entry of the state."""
+        value = _as_tensor(name, raw)
+        if value is None and name in self.slots:
+            self.problems.append(f"{key}: is a {type(raw).__name__} without values; a tensor is needed")
+        elif value is None:
             self.unexpected.append(key)
         elif value.numel() == 0 or self._is_not_needed(name):
             self.ignored.append(key)
@@ -169,12 +172,9 @@ class _Plan:
         rows = [len(piece.tensor) for piece in pieces] if len(pieces) > 1 else []
         if rows:
             shape = torch.Size((sum(rows), *shape[1:]))
-        fits = value.shape == shape
-        parts = value.split(rows) if rows and fits else [value] * len(pieces)
+        reason = self._shape_reason(name, value.shape, shape) or _value_reason(value, pieces[0].tensor)
+        parts = value.split(rows) if rows and reason is None else [value] * len(pieces)
         self.values.update((piece.name, part) for piece, part in zip(pieces, parts, strict=True))
-        reason = (
-            _value_reason(value, pieces[0].tensor) if fits else self._shape_reason(name, value.shape, shape)
-        )
         if reason is None and name == CLASS_MAP:
             reason = _mapping_reason(value, self.slots["vpt_criterion.centroids"][0].tensor.shape[0])
         if reason is not None:
@@ -183,7 +183,9 @@ class _Plan:
         self.copies += [(piece.tensor, part) for piece, part in zip(pieces, parts, strict=True)]
         self.loaded.append(key)
 
-    def _shape_reason(self, name: str, got: torch.Size, needed: torch.Size) -> str:
+    def _shape_reason(self, name: str, got: torch.Size, needed: torch.Size) -> str | None:
+        if got == needed:
+            return None
         of_method = self.layout.names[name].sizes if self.layout and name in self.layout.names else None
         sizes = BACKBONE_SIZES.get(name.replace("last_layer.", ""), ()) if of_method is None else of_method
         advice = "build the timm model that the state belongs to"
@@ -349,7 +351,7 @@ def _as_tensor(name: str, value: Any) -> Tensor | None:
 
 
 def _value_reason(value: Tensor, target: Tensor) -> str | None:
-    """Return why `value`, whose shape is right, cannot be copied into `target`, or None."""
+    """Return why `value` cannot be copied into `target`, apart from its shape; None if it can."""
     if value.layout is not torch.strided:
         return "is sparse; pass its `.to_dense()`"
     if not target.is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import OrderedDict
 from typing import Any
@@ -428,3 +429,35 @@ def test_state_of_which_nothing_fits_is_refused(strict: bool) -> None:
     ]
     (line,) = refused(vpt(0, num_classes=0), {}, strict)[1:]
     assert line == "- the state holds nothing that the model has"
+
+
+@torch.no_grad()
+def wrong_by(name: str, base: Any = None, **changes: Any) -> float:
+    """Load a golden case into a model with other options: ‖wrong − right‖ / ‖right‖ of its output."""
+    right, state, case = golden(name)
+    config = dataclasses.replace(right.config, **changes)
+    model = fastprompt.get_prompt_model(right.base if base is None else base, config).eval()
+    load_official_state_dict(model, state)
+    want = output(case)
+    return float((model(case.tensors["input"]) - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vpt_deep_mean", {"pool": "image"}),
+        ("gatevpt_mean", {"pool": "image"}),
+        ("davpt_mean", {"pool": "image"}),
+        ("cvpt_insert3", {"insert": 2}),
+        ("davpt_cls", {"guided_blocks": (0, 1)}),
+        ("davpt_mean", {"prompt_norm": "l2"}),
+    ],
+)
+def test_options_that_a_state_cannot_tell(name: str, changes: dict[str, Any]) -> None:
+    """They load without an error, and docs/checkpoints.md says what a wrong guess costs."""
+    assert wrong_by(name, **changes) > 0.05
+
+
+def test_place_of_the_norm_that_a_state_cannot_tell() -> None:
+    classes = golden("davpt_mean")[2].config["num_classes"]
+    assert wrong_by("davpt_mean", golden_files.backbone(True, num_classes=classes)) > 0.05

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
-from bench.baselines import ConcatVPT
+from bench.papers import paper_model
 from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
 P, B, LABELS = 5, 4, torch.tensor([0, 3, 0, 4])
@@ -152,7 +152,7 @@ def test_every_row_runs_through_every_block(method: str) -> None:
 def test_training_costs_what_concatenation_costs(method: str) -> None:
     model = prompted("vit", METHODS[method], depth=DEPTH)
     model.shortcuts = False
-    concatenating = ConcatVPT(model.base, list(model.prompts))
+    concatenating = paper_model(model)
     assert operations(model) == operations(concatenating)
 
 
@@ -161,7 +161,7 @@ def test_mean_then_norm_runs_the_whole_last_block() -> None:
     on = operations(model)
     model.shortcuts = False
     assert operations(model)[0] > on[0]
-    assert operations(model) == operations(ConcatVPT(model.base, list(model.prompts)))
+    assert operations(model) == operations(paper_model(model))
 
 
 @pytest.mark.parametrize("method", METHODS)

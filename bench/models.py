@@ -26,23 +26,13 @@ CLASSES = 100
 OWN = ("prompts.", "gate_logits", "temperature")  # what a method trains, by the same names on both sides
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method: its configuration for P prompts, and the same model by concatenation, made of a `PromptModel`."""
-
-    config: Callable[[int], fastprompt.PromptConfig]
-    baseline: Callable[[nn.Module, Any], nn.Module]
-
-
-METHODS = {
-    "vpt-deep": Method(
-        fastprompt.VPTConfig, lambda base, ours: baselines.ConcatVPT(base, list(ours.prompts))
-    ),
-    "gate-vpt": Method(
-        lambda P: fastprompt.GateVPTConfig(P, dropout=0.0),
-        lambda base, ours: baselines.ConcatGateVPT(base, ours.prompts[0], ours.gate_logits, ours.temperature),
-    ),
-    "cvpt": Method(fastprompt.CVPTConfig, lambda base, ours: baselines.CrossVPT(base, list(ours.prompts))),
+# The methods by name: from P and the model's depth to a configuration.
+METHODS: dict[str, Callable[[int, int], fastprompt.PromptConfig]] = {
+    "vpt-deep": lambda P, depth: fastprompt.VPTConfig(P),
+    "vpt-shallow": lambda P, depth: fastprompt.VPTConfig(P, deep=False),
+    "gate-vpt": lambda P, depth: fastprompt.GateVPTConfig(P, dropout=0.0),
+    "cvpt": lambda P, depth: fastprompt.CVPTConfig(P),
+    "da-vpt": lambda P, depth: fastprompt.DAVPTConfig(P, P, (depth - 2, depth - 1)),
 }
 
 
@@ -111,7 +101,7 @@ def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Compar
     `base` is copied; the copies share no memory.
     """
     made = Comparison(method, P, setting, base)
-    ours = fastprompt.get_prompt_model(copy.deepcopy(base), METHODS[method].config(P)).train()
+    ours = fastprompt.get_prompt_model(copy.deepcopy(base), METHODS[method](P, len(base.blocks))).train()
     with torch.no_grad():
         for name, p in ours.named_parameters():
             if name.startswith(OWN):

@@ -1,0 +1,130 @@
+"""`gated_blend`: residual add with gated prompt rows, alone or with the LayerNorm that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import baselines
+from bench.ops import BOTH, FORWARD, Call, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
+from bench.roofline import ViT, Work
+from fastprompt import ops
+
+EPS = 1e-6
+
+
+def work(B: int, N: int, P: int, D: int, *, norm: bool, itemsize: int = 2) -> tuple[Work, Work]:
+    """Return the work of a forward and a backward; `N` counts the prompts, and the LayerNorm is frozen.
+
+    The forward reads two tensors and the prompt rows and writes one; the backward reads the gradient and, for the gate,
+    P rows, and writes a gradient for x and delta and one for P rows. With the norm the forward writes a second tensor
+    and each row's mean and deviation, and the backward reads y and a second gradient.
+    """
+    row = itemsize * D
+    forward, backward = row * B * (3 * N + P), row * B * (2 * N + 2 * P)
+    if norm:
+        forward += row * (B * N + 2) + 8 * B * N
+        backward += row * (2 * B * N + 1) + 8 * B * N
+    return Work(forward, 0), Work(backward, 0)
+
+
+def floors(B: int, vit: ViT, P: int) -> tuple[Work, Work]:
+    """Return the work for a block of `vit` with `P` prompts, with the norm."""
+    return work(B, vit.N + P, P, vit.D, norm=True)
+
+
+def case(
+    B: int, N: int, P: int, D: int, dtype: torch.dtype, device: str, *, norm: bool = False
+) -> Case:
+    """Return the gated residual add, with the LayerNorm that follows if `norm`; `N` counts the prompts."""
+
+    def draw() -> Inputs:
+        x, delta, prompts = (torch.randn(B, n, D, device=device, dtype=dtype) for n in (N, N, P))
+        gate = torch.rand((), device=device, dtype=dtype)
+        affine = {n: torch.randn(D, device=device, dtype=dtype) for n in (("weight", "bias") if norm else ())}
+        return {"x": x, "delta": delta, "prompt_in": prompts, "gate": gate, **affine}
+
+    def call(backend: str, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, **affine: Tensor) -> Any:
+        given = ops.Norm(**affine, eps=EPS) if norm else None
+        y, normed = ops.gated_blend(x, delta, prompt_in, gate, 1, P, norm=given, backend=backend)
+        return (y, normed) if norm else y
+
+    plain = partial(baselines.blend_norm if norm else baselines.blend, start=1)
+    return Case(
+        "gated_blend_norm" if norm else "gated_blend",
+        {"B": B, "N": N, "P": P, "D": D},
+        dtype,
+        draw,
+        plain,
+        ours("gated_blend", device, lambda backend: partial(call, backend)),
+        {"eager": plain, **compiled(plain, device)},
+        work(B, N, P, D, norm=norm, itemsize=dtype.itemsize),
+        frozen=("weight", "bias"),
+    )
+
+
+def cases(size: Size) -> Iterator[Case]:
+    """Yield the comparisons at `size`, with 50 prompts."""
+    for norm in (True, False):
+        yield case(size.B, size.N + 50, 50, size.D, size.dtype, size.device, norm=norm)
+
+
+def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
+    """Return a call that the table's entry `key` serves: three quarters of its width, or all of it."""
+    _, kind, width = key
+    found = case(images, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
+    return found, FORWARD if kind == "forward" else BOTH
+
+
+# Offline compilation -------------------------------------------------------------------------------------------------
+
+IMAGES, TOKENS, START, PROMPTS = 4, 207, 1, 10
+WIDTHS = (96, 192, 384, 768, 1536, 4096)  # one for each width of the table
+
+
+def entries() -> Iterator[Compilation]:
+    """Yield the launches for each entry of the table in each dtype, with the norm."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for D in WIDTHS:
+            yield from _launches(D, dtype, norm=True)
+
+
+def variants() -> Iterator[Compilation]:
+    """Yield in bfloat16: no norm, no gate, prompts and gate alone, and a width whose rows are not aligned."""
+    from fastprompt.kernels.triton import gated_blend as kernels
+
+    dtype = torch.bfloat16
+    for D in WIDTHS:
+        yield from _launches(D, dtype, norm=False)
+    yield from _launches(1000, dtype, norm=True)
+    gradient = _gradient(768, dtype, norm=True)
+    yield "no gate, norm", partial(kernels.backward, *gradient[:6], None, None, 0, 0, [True, False, False])
+    gradient = _gradient(768, dtype, norm=False)
+    yield "prompts alone", partial(kernels.backward, *gradient, [False, True, True])
+
+
+def _launches(D: int, dtype: torch.dtype, norm: bool) -> Iterator[Compilation]:
+    """Yield a forward and a backward for everything; the prompt rows are a view of an earlier sequence."""
+    from fastprompt.kernels.triton import gated_blend as kernels
+
+    name = f"[{IMAGES}, {TOKENS}, {D}] {str(dtype).removeprefix('torch.')}{', norm' if norm else ''}"
+    x, delta, before = (meta(IMAGES, TOKENS, D, dtype=dtype) for _ in range(3))
+    affine = (meta(D, dtype=dtype), meta(D, dtype=dtype), EPS) if norm else (None, None, None)
+    rows = before[:, START : START + PROMPTS], meta(), START, PROMPTS
+    yield name, partial(kernels.forward, x, delta, *rows, *affine)
+    yield name, partial(kernels.backward, *_gradient(D, dtype, norm), [True, True, True])
+
+
+def _gradient(D: int, dtype: torch.dtype, norm: bool) -> tuple[Any, ...]:
+    """Return the backward's arguments before `needs`."""
+    grad_y, grad_normed, y = (meta(IMAGES, TOKENS, D, dtype=dtype) for _ in range(3))
+    saved = (grad_normed, y, meta(IMAGES, TOKENS), meta(IMAGES, TOKENS), meta(D, dtype=dtype))
+    difference = meta(IMAGES, PROMPTS, D, dtype=dtype)
+    return grad_y, *(saved if norm else (None,) * 5), meta(), difference, START, PROMPTS
+
+
+OPERATION = Operation("gated_blend", "gated_blend_config", cases, floors, reach, entries, variants)

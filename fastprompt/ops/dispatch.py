@@ -185,7 +185,7 @@ def why_missing(operation: str, backend: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
-def only_eager(operation: str) -> bool:
+def auto_is_eager(operation: str) -> bool:
     """Whether "auto" can serve `operation` by no backend but `eager` in this process."""
     return not any(
         name != "eager" and _taken_by_auto(operation, name) and _unavailable(name) is None
@@ -193,20 +193,20 @@ def only_eager(operation: str) -> bool:
     )
 
 
-def is_fused(operation: str, tensor: torch.Tensor) -> bool:
+def has_fused_kernel(operation: str, tensor: torch.Tensor) -> bool:
     """Whether a kernel may serve `operation`, two steps in one, for `tensor`.
 
     Where none does, the two steps by themselves cost no more.
     """
     backend = requested()
     if backend == AUTO:
-        return tensor.is_cuda and not only_eager(operation)
+        return tensor.is_cuda and not auto_is_eager(operation)
     return _has_kernel(operation, backend)
 
 
 @torch.compiler.assume_constant_result
 def _has_kernel(operation: str, backend: str) -> bool:
-    return backend != "eager" and why_missing(operation, backend) is None
+    return backend not in ("cpu", "eager") and why_missing(operation, backend) is None
 
 
 def explain(operation: str, *args: Any) -> dict[str, str | None]:

@@ -224,17 +224,17 @@ def test_auto_leaves_what_is_not_automatic_to_those_who_name_it(registry: Any) -
     dispatch.register("prompt_attention", "triton", triton.run, triton.can_run, automatic=False)
     attend()
     assert triton.calls == 0
-    assert dispatch.only_eager("prompt_attention")
+    assert dispatch.auto_is_eager("prompt_attention")
     prompt_attention(**draw(Shape(), torch.float32), backend="triton")
     assert triton.calls == 1
 
 
-def test_only_eager(registry: Any) -> None:
-    assert dispatch.only_eager("folded_cross_attention")
+def test_auto_is_eager(registry: Any) -> None:
+    assert dispatch.auto_is_eager("folded_cross_attention")
     registry("cuda", "folded_cross_attention", missing="no CUDA device")
-    assert dispatch.only_eager("folded_cross_attention")
+    assert dispatch.auto_is_eager("folded_cross_attention")
     registry("triton", "folded_cross_attention")
-    assert not dispatch.only_eager("folded_cross_attention")
+    assert not dispatch.auto_is_eager("folded_cross_attention")
 
 
 @pytest.mark.skipif(
@@ -246,7 +246,7 @@ def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
     assert dispatch.select("gated_blend", "auto", *arguments)[0] == "cpu"
     meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
     assert dispatch.explain("gated_blend", *meta)["cpu"] == "it serves cpu tensors, not meta ones"
-    assert torch.equal(gated_blend(*arguments, backend="cpu"), gated_blend(*arguments, backend="eager"))
+    assert torch.equal(gated_blend(*arguments, backend="cpu")[0], gated_blend(*arguments, backend="eager")[0])
 
 
 PROGRAM = """

@@ -5,8 +5,8 @@
 
 Each part is a process with a time limit, so that a crash or an endless loop costs that part alone; what it found before
 is kept. Parts run in the order of their importance until the time is spent. DIR gets `records.jsonl` (each check, time
-and note as soon as it is there), `table.txt`, rewritten after each stage and printed last, and `failed.txt`, the ends of
-the logs of failed parts. The logs themselves and the build go to a temporary folder.
+and note as soon as it is there), `table.txt`, rewritten after each stage and printed last, and `failed.txt`, the last
+lines of failed parts. Logs and build go to a temporary folder.
 
 Exit code: 0 everything that was checked passed, 1 something failed, 2 there is no GPU.
 """
@@ -82,7 +82,16 @@ def stages(out: Path, work: Path, dry: bool, shards: int) -> list[list[Part]]:
 def build_command(work: Path) -> list[str]:
     """Return the command that builds the package into a folder that the later parts import it from."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--upgrade"]
-    return [sys.executable, "-m", "pip", "install", *options, "--target", str(work / "installed"), str(REPOSITORY)]
+    return [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        "--target",
+        str(work / "installed"),
+        str(REPOSITORY),
+    ]
 
 
 def test_command(dry: bool) -> list[str]:

@@ -144,7 +144,14 @@ def _ceilings(settings: Settings) -> Iterator[Record]:
 def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
     """Time whole models; compiled ones in training only, since one comparison can take the part's time."""
     setting = models.Setting("vit_base_patch16_224", 224, 128, torch.bfloat16, "cuda", 10, ("cudnn", "flash"))
-    plan = [("vpt-deep", 50), ("gate-vpt", 50), ("cvpt", 10), ("vpt-deep", 100), ("vpt-deep", 10), ("cvpt", 20)]
+    plan = [
+        ("vpt-deep", 50),
+        ("gate-vpt", 50),
+        ("cvpt", 10),
+        ("vpt-deep", 100),
+        ("vpt-deep", 10),
+        ("cvpt", 20),
+    ]
     if compiled:
         plan = [("vpt-deep", P) for P in (50, 10, 100)]
     if settings.dry:

@@ -19,7 +19,8 @@ from torch.nn.attention import sdpa_kernel
 
 import fastprompt
 from bench import baselines, measure
-from bench.ops import WrongResult, backends, first_line
+from bench.correctness import WrongResult
+from bench.ops import backends, first_line
 
 TRAINING, INFERENCE = "training step", "inference"
 CLASSES = 100

@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, product, zip_longest
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import fastprompt
 from bench import ops
-from bench.cases import load, operations, NAMES
-from bench.correctness import Oracle, WrongResult, assert_as_exact
+from bench.cases import NAMES, load, operations
+from bench.correctness import Oracle, WrongResult
 from bench.models import METHODS, OWN
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -36,7 +36,9 @@ def sweep(device: str, tiny: bool = False, shard: tuple[int, int] = (0, 1)) -> I
 
     `tiny` shapes run the same code quickly; `shard` i of n takes every n-th round of turns.
     """
-    turns = (chain(operation.sweep(device, tiny), _blocks(operation, device, tiny)) for operation in operations())
+    turns = (
+        chain(operation.sweep(device, tiny), _blocks(operation, device, tiny)) for operation in operations()
+    )
     rounds = islice(zip_longest(*turns), shard[0], None, shard[1])
     return (case for case in chain.from_iterable(rounds) if case is not None)
 
@@ -151,58 +153,53 @@ def _check(oracle: Oracle, backend: str, got: dict[str, Tensor]) -> None:
         raise WrongResult(f"{backend}: {error}") from error
 
 
-def _model(method: str, device: str) -> Any:
-    base = timm.create_model("test_vit", img_size=64, depth=2, num_classes=5).to(device)
-    return fastprompt.get_prompt_model(base, METHODS[method].config(4)).train()
+class _Trained:
+    """A small model of a method, one batch, and the exact logits and gradients of what the method trains."""
 
+    def __init__(self, method: str, device: str, autocast: bool = False) -> None:
+        base = timm.create_model("test_vit", img_size=64, depth=2, num_classes=5).to(device)
+        self.model: Any = fastprompt.get_prompt_model(base, METHODS[method].config(4)).train()
+        self.images = torch.randn(4, 3, 64, 64, device=device)
+        self.autocast = partial(torch.autocast, device, BF16, enabled=autocast)
+        wide = copy.deepcopy(self.model).double()
 
-def _data(device: str) -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 3, 64, 64, device=device), torch.randint(0, 5, (4,), device=device)
+        def plain(**parameters: Tensor) -> Tensor:
+            with self.autocast(), fastprompt.use_backend("eager"):
+                return functional_call(self.model, parameters, (self.images,))
 
+        def exact(**parameters: Tensor) -> Tensor:
+            return functional_call(wide, parameters, (self.images.double(),))
 
-def _step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the loss and the gradients of what the method trains, of one training step."""
-    model.zero_grad(set_to_none=True)
-    logits = model(images)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, FP32)), labels)
-    loss.backward()
-    named = {
-        n.removeprefix("module.").removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()
-    }
-    return {"loss": loss.detach(), **{n: g for n, g in named.items() if n.startswith(OWN) and g is not None}}
+        own = {n: p.detach() for n, p in self.model.named_parameters() if n.startswith(OWN)}
+        self.oracle = Oracle(plain, own, exact=exact)
 
-
-def _compare(got: dict[str, Tensor], model: nn.Module, data: tuple[Tensor, Tensor], autocast: bool) -> str:
-    """Check the results of a training step against those of a plain call on the backend `eager`."""
-    images, labels = data
-    exact = _step(copy.deepcopy(model).double(), images.double(), labels)
-
-    def plain() -> dict[str, Tensor]:
-        kind = images.device.type
-        with torch.autocast(kind, BF16) if autocast else nullcontext(), fastprompt.use_backend("eager"):
-            return _step(model, images, labels)
-
-    assert_as_exact(got, plain, exact)
-    return f"{len(got)} tensors"
+    def check(self, model: nn.Module) -> str:
+        """Run a training step of `model`, compiled or wrapped, and check it."""
+        assert self.oracle.cotangents is not None
+        self.model.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = model(self.images)
+        logits.backward(self.oracle.cotangents[0].to(logits))
+        gradients = {
+            f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if n.startswith(OWN)
+        }
+        return f"error {self.oracle.check({'output': logits.detach(), **gradients}):.1e}"
 
 
 def _compiled(method: str, device: str, compiler: str) -> str:
-    """Check a training step compiled in one graph, and that the next batch compiles nothing."""
+    """Check a training step compiled in one graph, and that the next one compiles nothing."""
     torch._dynamo.reset()
-    model, data = _model(method, device), _data(device)
-    compiled = torch.compile(model, fullgraph=True, backend=compiler)
-    got = _step(compiled, *data)
+    trained = _Trained(method, device)
+    compiled: Any = torch.compile(trained.model, fullgraph=True, backend=compiler)
+    trained.check(compiled)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        _step(compiled, *_data(device))
-    return _compare(got, model, data, autocast=False)
+        return trained.check(compiled)
 
 
 def _autocast(method: str, device: str) -> str:
     """Check a training step under bfloat16 autocast."""
-    model, data = _model(method, device), _data(device)
-    with torch.autocast(data[0].device.type, BF16):
-        got = _step(model, *data)
-    return _compare(got, model, data, autocast=True)
+    trained = _Trained(method, device, autocast=True)
+    return trained.check(trained.model)
 
 
 def _distributed(method: str, device: str) -> str:
@@ -211,7 +208,7 @@ def _distributed(method: str, device: str) -> str:
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    model, data = _model(method, device), _data(device)
+    trained = _Trained(method, device)
 
     def by(backend: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -219,10 +216,9 @@ def _distributed(method: str, device: str) -> str:
                 backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1
             )
             try:
-                got = _step(nn.parallel.DistributedDataParallel(model), *data)
+                return f"{backend}, {trained.check(nn.parallel.DistributedDataParallel(trained.model))}"
             finally:
                 distributed.destroy_process_group()
-        return f"{backend}, {_compare(got, model, data, autocast=False)}"
 
     if not (device.startswith("cuda") and distributed.is_nccl_available()):
         return by("gloo")

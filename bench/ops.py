@@ -105,7 +105,7 @@ class Operation:
         cases: yields the comparisons at a size, the most important first.
         floors: returns the work of a forward and a backward for B images of a ViT with P prompts.
         reach: returns a call that an entry of the table serves, for so many images; the widest one, or a usual one.
-        entries, variants: yield the launches that compile each entry of the table, and those that make other code of it.
+        entries, variants: yield launches that compile each entry of the table, and those that make other code of it.
         sweep: yields shapes that are checked besides `cases`, on a device; tiny ones to try the program.
     """
 
@@ -138,7 +138,7 @@ def ours(operation: str, device: str, on: Callable[[str], Function]) -> dict[str
 
 
 def compiled(function: Function, device: str) -> dict[str, Function]:
-    """Return `function` under `torch.compile` with static shapes; on a CPU nothing, where it is not worth its minutes."""
+    """Return `function` under `torch.compile` with static shapes; nothing on a CPU, where it takes too long."""
     return {"compiled": torch.compile(function, dynamic=False)} if device.startswith("cuda") else {}
 
 

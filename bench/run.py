@@ -49,7 +49,7 @@ def model_rows(method: str, setting: models.Setting, prompts: Sequence[int]) -> 
 
 
 def replace_rows(names: Sequence[str], rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
-    """Yield the rows of `replace_attention` alone against timm's own attention (SDPA): the time ratio is to stay at 1."""
+    """Yield the rows of `replace_attention` alone against timm's own attention (SDPA); its goal is a ratio of 1."""
     for name in names:
         setting = setting_for(device, rounds, quick, name)
         own = models.backbone(setting)

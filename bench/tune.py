@@ -242,7 +242,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="one of --list")
+    parser.add_argument(
+        "operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="one of --list"
+    )
     parser.add_argument("--list", action="store_true", help="print the operations that can be tuned")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", default="", help="keys that hold this text, such as 'bwd'")

@@ -1,4 +1,4 @@
-"""`folded_cross_attention`: CVPT's cross-attention to folded prompts and its residual add, alone or with the next norm."""
+"""`folded_cross_attention`: CVPT with folded prompts and its residual add, alone or with the LayerNorm that follows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import BOTH, DTYPES, FORWARD, Call, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
+from bench.ops import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Call,
+    Case,
+    Compilation,
+    Inputs,
+    Operation,
+    Size,
+    compiled,
+    meta,
+    ours,
+)
 from bench.roofline import ViT, Work
 from fastprompt import ops
-from fastprompt.kernels.triton import folded_cross_attention_config as config
+from fastprompt.kernels.triton import prompt_cross_attention_config as config
 
 EPS = 1e-6
 
@@ -116,7 +129,7 @@ def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
     _, kernel, columns, itemsize = key
     P = max(P for P in range(1, columns // 12 + 1) if config.split(12, P).total <= columns)
     found = case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda", norm=widest)
-    return found, FORWARD if kernel == "forward" else BOTH
+    return found, FORWARD if kernel == "fwd" else BOTH
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
@@ -135,7 +148,9 @@ def entries() -> Iterator[Compilation]:
         for H, P in _served(SHAPES, dtype):
             yield _forward(H, P, dtype)
             yield _backward(H, P, dtype)
-            if dtype == LOW:  # what needs the most registers: the norm, with float32 rows as autocast has them
+            if (
+                dtype == LOW
+            ):  # what needs the most registers: the norm, with float32 rows as autocast has them
                 yield _forward(H, P, LOW, WIDE, norm=True)
 
 
@@ -178,7 +193,7 @@ def _forward(
     residual: bool = True,
 ) -> Compilation:
     """Return a forward with rows of another dtype if given; without the residual as inference runs it."""
-    from fastprompt.kernels.triton import folded_cross_attention as kernels
+    from fastprompt.kernels.triton import prompt_cross_attention as kernels
 
     key, value = (meta(H, P, D, dtype=dtype) for _ in range(2))
     x, out_bias = meta(IMAGES, TOKENS, D, dtype=rows or dtype), meta(D, dtype=dtype) if residual else None
@@ -199,7 +214,7 @@ def _backward(
     residual: bool = True,
     needs: list[bool] | None = None,
 ) -> Compilation:
-    from fastprompt.kernels.triton import folded_cross_attention as kernels
+    from fastprompt.kernels.triton import prompt_cross_attention as kernels
 
     grad, x = (meta(IMAGES, TOKENS, D, dtype=rows or dtype) for _ in range(2))
     key, value = (meta(H, P, D, dtype=dtype) for _ in range(2))
@@ -214,5 +229,5 @@ def _name(H: int, P: int, D: int, dtype: torch.dtype, rows: torch.dtype | None) 
 
 
 OPERATION = Operation(
-    "folded_cross_attention", "folded_cross_attention_config", cases, floors, reach, entries, variants
+    "folded_cross_attention", "prompt_cross_attention_config", cases, floors, reach, entries, variants
 )

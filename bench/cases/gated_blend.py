@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ def floors(B: int, vit: ViT, P: int) -> tuple[Work, Work]:
     return work(B, vit.N + P, P, vit.D, norm=True)
 
 
-def case(
-    B: int, N: int, P: int, D: int, dtype: torch.dtype, device: str, *, norm: bool = False
-) -> Case:
+def case(B: int, N: int, P: int, D: int, dtype: torch.dtype, device: str, *, norm: bool = False) -> Case:
     """Return the gated residual add, with the LayerNorm that follows if `norm`; `N` counts the prompts."""
 
     def draw() -> Inputs:
@@ -48,7 +47,9 @@ def case(
         affine = {n: torch.randn(D, device=device, dtype=dtype) for n in (("weight", "bias") if norm else ())}
         return {"x": x, "delta": delta, "prompt_in": prompts, "gate": gate, **affine}
 
-    def call(backend: str, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, **affine: Tensor) -> Any:
+    def call(
+        backend: str, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, **affine: Tensor
+    ) -> Any:
         given = ops.Norm(**affine, eps=EPS) if norm else None
         y, normed = ops.gated_blend(x, delta, prompt_in, gate, 1, P, norm=given, backend=backend)
         return (y, normed) if norm else y
@@ -75,9 +76,9 @@ def cases(size: Size) -> Iterator[Case]:
 
 def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
     """Return a call that the table's entry `key` serves: three quarters of its width, or all of it."""
-    _, kind, width = key
-    found = case(images, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
-    return found, FORWARD if kind == "forward" else BOTH
+    _, kernel, width, norm = key
+    found = case(images, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda", norm=norm)
+    return found, FORWARD if kernel == "fwd" else BOTH
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
@@ -87,19 +88,18 @@ WIDTHS = (96, 192, 384, 768, 1536, 4096)  # one for each width of the table
 
 
 def entries() -> Iterator[Compilation]:
-    """Yield the launches for each entry of the table in each dtype, with the norm."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D in WIDTHS:
-            yield from _launches(D, dtype, norm=True)
+    """Yield the launches for each entry of the table: with the norm in each dtype, without it in bfloat16."""
+    for dtype, D in product((torch.bfloat16, torch.float16, torch.float32), WIDTHS):
+        yield from _launches(D, dtype, norm=True)
+        if dtype == torch.bfloat16:
+            yield from _launches(D, dtype, norm=False)
 
 
 def variants() -> Iterator[Compilation]:
-    """Yield in bfloat16: no norm, no gate, prompts and gate alone, and a width whose rows are not aligned."""
+    """Yield in bfloat16: the norm's gradient alone, prompts and gate alone, and a width whose rows are not aligned."""
     from fastprompt.kernels.triton import gated_blend as kernels
 
     dtype = torch.bfloat16
-    for D in WIDTHS:
-        yield from _launches(D, dtype, norm=False)
     yield from _launches(1000, dtype, norm=True)
     gradient = _gradient(768, dtype, norm=True)
     yield "no gate, norm", partial(kernels.backward, *gradient[:6], None, None, 0, 0, [True, False, False])

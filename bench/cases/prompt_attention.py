@@ -27,12 +27,13 @@ class Tiles:
 
     Attributes:
         rows: query rows of a tile.
-        pieces: up to `resident` keys, at most three of these widths cover the columns.
+        pieces: up to `resident` keys, at most `most` of these widths cover the columns.
         columns, tail: above that, tiles of `columns` and, for the rest, a power of two that is at least `tail`.
     """
 
     rows: int = 64
     pieces: tuple[int, ...] = (128, 128, 64, 32, 16)
+    most: int = 3
     resident: int = 256
     columns: int = 64
     tail: int = 16
@@ -44,7 +45,7 @@ class Tiles:
     def padded_columns(self, keys: int) -> int:
         """Return `keys` with padding: 197 and 207 become 208, 247 becomes 256, 297 becomes 320."""
         if keys <= self.resident:
-            sums = {sum(c) for n in (1, 2, 3) for c in combinations(self.pieces, n)}
+            sums = {sum(c) for n in range(1, self.most + 1) for c in combinations(self.pieces, n)}
             return min(s for s in sums if s >= keys)
         whole = keys // self.columns * self.columns
         rest = keys - whole
@@ -52,7 +53,8 @@ class Tiles:
 
 
 LOOPED = Tiles(resident=0)  # the backward in two kernels: dK and dV, then dQ
-RESIDENT = Tiles(rows=32)  # the backward in one kernel, which holds up to 256 keys
+# The backward in one kernel, which holds up to 256 keys as one power of two.
+RESIDENT = Tiles(rows=32, pieces=(256, 128, 64, 32, 16), most=1)
 
 
 def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[Work, Work]:
@@ -63,7 +65,7 @@ def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[
     executes five; two kernels compute the scores and their gradient twice, which makes seven.
     """
     score = 2 * B * H * d
-    tiles = RESIDENT if N + P <= RESIDENT.resident else LOOPED
+    tiles = RESIDENT if RESIDENT.resident >= N + P else LOOPED
     forward = Work(
         bytes=itemsize * H * d * (4 * B * N + 2 * P) + 4 * B * H * N,
         operations=2 * score * N * (N + P),
@@ -237,10 +239,24 @@ def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
 
 IMAGES, HEADS, PROMPTS = 4, 12, 10
 # (queries, keys without prompts, head_dim). Every entry of the table, with as much left over by whole tiles as may be.
-FORWARD_ENTRIES = ((1, 181, 64), (181, 181, 64), (629, 629, 64), (1, 181, 128), (181, 181, 128), (629, 629, 128))
+FORWARD_ENTRIES = (
+    (1, 181, 64),
+    (181, 181, 64),
+    (629, 629, 64),
+    (1, 181, 128),
+    (181, 181, 128),
+    (629, 629, 128),
+)
 BACKWARD_ENTRIES = ((181, 181, 64), (629, 629, 64), (629, 629, 128))
 # Shapes that make other code of them: little left over, other pieces of keys, head_dim in two pieces.
-FORWARD_VARIANTS = ((197, 197, 64), (50, 50, 64), (237, 237, 64), (197, 197, 40), (197, 197, 80), (577, 577, 88))
+FORWARD_VARIANTS = (
+    (197, 197, 64),
+    (50, 50, 64),
+    (237, 237, 64),
+    (197, 197, 40),
+    (197, 197, 80),
+    (577, 577, 88),
+)
 BACKWARD_VARIANTS = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
@@ -254,8 +270,9 @@ def variants() -> Iterator[Compilation]:
     """Yield the other shapes in bfloat16; the last for prompts that alone train, without a temperature."""
     yield from _launches(FORWARD_VARIANTS, BACKWARD_VARIANTS, BF16)
     (q, k, v, *prompts), _ = _inputs(197, 197, 64, BF16)
-    yield "bfloat16 197x0+10 d64", _backward(
-        (q, k[:, :0], v[:, :0], *prompts), None, [False, False, False, True, True, False]
+    yield (
+        "bfloat16 197x0+10 d64",
+        _backward((q, k[:, :0], v[:, :0], *prompts), None, [False, False, False, True, True, False]),
     )
 
 

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import BOTH, DTYPES, FORWARD, Call, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
+from bench.ops import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Call,
+    Case,
+    Compilation,
+    Inputs,
+    Operation,
+    Size,
+    compiled,
+    meta,
+    ours,
+)
 from bench.roofline import ViT, Work
 from fastprompt import ops
 from fastprompt.kernels.triton import row_attention_config as config
@@ -77,7 +90,7 @@ def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
     H, D = max((vit for vit in vits if 16 * vit[1] <= size), default=vits[0])
     if widest:
         H, D = 8, size // 16 // 8 * 8
-    return case(images, 247, H, D, DTYPES[itemsize], "cuda"), FORWARD if kernel == "forward" else BOTH
+    return case(images, 247, H, D, DTYPES[itemsize], "cuda"), FORWARD if kernel == "fwd" else BOTH
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
@@ -122,11 +135,17 @@ def _backward(M: int, D: int, dtype: torch.dtype, needs: list[bool]) -> Any:
 
     query, rows, prompts = _inputs(M, D, dtype)
     lse = meta(IMAGES, M)
-    return partial(kernels.backward, torch.empty_like(query), query, rows, prompts, torch.empty_like(query), lse, needs)
+    return partial(
+        kernels.backward, torch.empty_like(query), query, rows, prompts, torch.empty_like(query), lse, needs
+    )
 
 
 def _inputs(M: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return meta(IMAGES, M, D, dtype=dtype), meta(IMAGES, TOKENS, D, dtype=dtype), meta(PROMPTS, D, dtype=dtype)
+    return (
+        meta(IMAGES, M, D, dtype=dtype),
+        meta(IMAGES, TOKENS, D, dtype=dtype),
+        meta(PROMPTS, D, dtype=dtype),
+    )
 
 
 OPERATION = Operation("row_attention", "row_attention_config", cases, floors, reach, entries, variants)

@@ -173,7 +173,7 @@ class _Trained:
         own = {n: p.detach() for n, p in self.model.named_parameters() if n.startswith(OWN)}
         self.oracle = Oracle(plain, own, exact=exact)
 
-    def check(self, model: nn.Module) -> str:
+    def check(self, model: Callable[[Tensor], Tensor]) -> str:
         """Run a training step of `model`, compiled or wrapped, and check it."""
         assert self.oracle.cotangents is not None
         self.model.zero_grad(set_to_none=True)

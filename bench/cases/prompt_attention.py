@@ -293,20 +293,19 @@ def _launches(
 
 def _inputs(queries: int, keys: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return q, k, v, views of a packed tensor where they are of one length, shared prompts, and a temperature."""
-    options = {"dtype": dtype, "device": "meta"}
     if queries == keys:
-        q, k, v = torch.empty(IMAGES, queries, 3, HEADS, d, **options).unbind(2)
+        q, k, v = meta(IMAGES, queries, 3, HEADS, d, dtype=dtype).unbind(2)
     else:
-        q = torch.empty(IMAGES, queries, HEADS, d, **options)
-        k, v = torch.empty(IMAGES, keys, 2, HEADS, d, **options).unbind(2)
-    return (q, k, v, *torch.empty(2, PROMPTS, HEADS, d, **options)), torch.empty(1, device="meta")
+        q = meta(IMAGES, queries, HEADS, d, dtype=dtype)
+        k, v = meta(IMAGES, keys, 2, HEADS, d, dtype=dtype).unbind(2)
+    return (q, k, v, *meta(2, PROMPTS, HEADS, d, dtype=dtype)), meta(1)
 
 
 def _backward(inputs: tuple[Tensor, ...], temperature: Tensor | None, needs: list[bool]) -> Function:
     from fastprompt.kernels.triton import prompt_attention as kernels
 
     out = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-    lse = torch.empty((out.shape[0], out.shape[2], out.shape[1]), device="meta")
+    lse = meta(out.shape[0], out.shape[2], out.shape[1])
     return partial(kernels.backward, out, *inputs, temperature, None, out, lse, 0.125, needs)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
 from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.norm import Norm, check_norm, empty_norm, layer_norm, layer_norm_reference
 from fastprompt.ops.operator import (
@@ -339,5 +339,9 @@ dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.al
 dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)
 # The products are large enough for the library, and every program of the fused kernel reads both matrices again: until
 # somebody has measured that it is faster, it serves those who name it.
-triton_backend.serve("folded_cross_attention", "prompt_cross_attention", "forward", automatic=False)
-triton_backend.serve("folded_cross_attention_backward", "prompt_cross_attention", "backward", automatic=False)
+dispatch.register_triton(
+    "folded_cross_attention", "prompt_cross_attention", "forward", automatic=False, fuses_norm=True
+)
+dispatch.register_triton(
+    "folded_cross_attention_backward", "prompt_cross_attention", "backward", automatic=False
+)

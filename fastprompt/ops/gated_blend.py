@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.kernels import native
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
 from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.norm import (
     Norm,
@@ -302,10 +301,9 @@ def _can_run_cpu(x: Tensor) -> str | None:
     return dispatch.needs_device(x, "cpu")
 
 
-dispatch.register_availability("cpu", native.load, native.warn_missing_once)
 dispatch.register("gated_blend", "cpu", _forward_cpu, _can_forward_cpu)
 dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_backward_cpu)
 dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
 dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("gated_blend", "gated_blend", "forward")
-triton_backend.serve("gated_blend_backward", "gated_blend", "backward")
+dispatch.register_triton("gated_blend", "gated_blend", "forward", fuses_norm=True)
+dispatch.register_triton("gated_blend_backward", "gated_blend", "backward")

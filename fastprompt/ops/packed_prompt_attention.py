@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
@@ -187,7 +187,7 @@ def _backward_eager(
     )
 
 
-triton_backend.serve("packed_prompt_attention", "prompt_attention", "packed_forward")
-triton_backend.serve("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
+dispatch.register_triton("packed_prompt_attention", "prompt_attention", "packed_forward")
+dispatch.register_triton("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
 dispatch.register("packed_prompt_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("packed_prompt_attention_backward", "eager", _backward_eager, dispatch.always)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
@@ -426,8 +426,8 @@ def needs_image_keys(needs: Sequence[bool]) -> bool:
 
 
 def is_plain(q: Tensor, backend: str) -> bool:
-    """Whether attention without prompts is served by no kernel of ours, so that PyTorch's own is the shorter way."""
-    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention")
+    """Return whether no kernel here runs attention without prompts, so that PyTorch's own takes the shorter way."""
+    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention", q)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -461,7 +461,7 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
         )
 
 
-triton_backend.serve("prompt_attention", "prompt_attention", "forward")
-triton_backend.serve("prompt_attention_backward", "prompt_attention", "backward")
+dispatch.register_triton("prompt_attention", "prompt_attention", "forward")
+dispatch.register_triton("prompt_attention_backward", "prompt_attention", "backward")
 dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
 dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)

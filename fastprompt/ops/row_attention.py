@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
@@ -306,5 +306,5 @@ def _backward_eager(
 
 dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("folded_row_attention", "row_attention", "forward")
-triton_backend.serve("folded_row_attention_backward", "row_attention", "backward")
+dispatch.register_triton("folded_row_attention", "row_attention", "forward")
+dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")

@@ -74,10 +74,8 @@ class Case:
         return Oracle(self.exact, inputs, trainable=self.trainable(inputs), backward=mode == BOTH)
 
 
-# A case and "forward" or "forward+backward".
-Call = tuple[Case, str]
 # A name and a launch on meta tensors.
-Compilation = tuple[str, Callable[[], object]]
+Compilation = tuple[str, partial[Any]]
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,18 @@ class Operation:
     """All that the measurements know of an operation.
 
     Attributes:
-        config: the module of `fastprompt.kernels.triton` with its table of tile sizes.
         cases: yields the comparisons at a size, the most important first.
         floors: returns the work of a forward and a backward for B images of a ViT with P prompts.
-        reach: returns a call that an entry of the table serves, for so many images; the widest one, or a usual one.
+        reach: returns a case that an entry of the kernels' table serves, by the entry's key and the number of images:
+            a usual one, or the widest.
         entries, variants: yield launches that compile each entry of the table, and those that make other code of it.
         sweep: yields shapes that are checked besides `cases`, on a device; tiny ones to try the program.
     """
 
     name: str
-    config: str
     cases: Callable[[Size], Iterator[Case]]
     floors: Callable[[int, ViT, int], tuple[Work, Work]]
-    reach: Callable[[tuple[Any, ...], int, bool], Call]
+    reach: Callable[[Any, int, bool], Case]
     entries: Callable[[], Iterator[Compilation]]
     variants: Callable[[], Iterator[Compilation]]
     sweep: Callable[[str, bool], Iterator[Case]] = _nothing

@@ -42,8 +42,9 @@ MARGIN = 0.98
 
 NAME = "fastprompt triton"
 
-Key = tuple[Any, ...]
+Key = Any  # a named tuple with `architecture` and `kernel`
 Table = dict[Key, Any]
+Call = tuple[ops.Case, str]
 Checks = list[tuple[Oracle, ops.Function]]
 # What a candidate took in ms, or why it was not measured.
 Found = list[tuple[Any, float | None, str]]
@@ -56,7 +57,7 @@ def architecture() -> int:
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(0)[0], 80)
 
 
-def checks(calls: Sequence[ops.Call]) -> Checks:
+def checks(calls: Sequence[Call]) -> Checks:
     """Return the exact results of each call, and the function to check against them."""
     for case, _ in calls:
         if NAME not in case.ours:
@@ -79,7 +80,7 @@ def fault(table: Table, key: Key, candidate: Any, against: Checks) -> str | None
     return None
 
 
-def measured(table: Table, key: Key, candidates: list[Any], call: ops.Call) -> dict[int, float]:
+def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[int, float]:
     """Return the milliseconds of each candidate by its place; `table` is as before afterwards."""
     case, mode = call
     before = table[key]
@@ -102,13 +103,19 @@ def measured(table: Table, key: Key, candidates: list[Any], call: ops.Call) -> d
 
 def config_of(operation: str) -> ModuleType:
     """Return the module with the table of `operation`."""
-    return importlib.import_module(f"fastprompt.kernels.triton.{cases.load(operation).config}")
+    return importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
+
+
+def call_of(operation: str, key: Key, images: int, widest: bool = False) -> Call:
+    """Return a call of `images` images that runs the kernel of `key`."""
+    case = cases.load(operation).reach(key, images, widest)
+    return case, ops.FORWARD if key.kernel == "fwd" else ops.BOTH
 
 
 @functools.lru_cache(maxsize=1)
 def _checks_in_worker(operation: str, key: Key) -> Checks:
     torch.manual_seed(0)
-    return checks([cases.load(operation).reach(key, CHECKED, widest) for widest in (False, True)])
+    return checks([call_of(operation, key, CHECKED, widest) for widest in (False, True)])
 
 
 def _fault_in_worker(operation: str, key: Key, candidate: Any) -> str | None:
@@ -129,7 +136,7 @@ def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExe
             found.append((candidate, None, reason))
         else:
             right.append(candidate)
-    times = measured(config_of(operation).TABLE, key, right, cases.load(operation).reach(key, TIMED, False))
+    times = measured(config_of(operation).TABLE, key, right, call_of(operation, key, TIMED))
     return [*found, *((candidate, times[i], "measured") for i, candidate in enumerate(right))]
 
 
@@ -195,7 +202,7 @@ def _value_of_table(path: Path, text: str) -> ast.expr:
 
 def order(key: Key) -> tuple[bool, bool]:
     """Sort what most calls reach first: 16-bit kernels, of attention the backward that most training steps run."""
-    return (4 in key or 32 in key, "bwd" not in key)
+    return getattr(key, "itemsize", 2) == 4, key.kernel != "bwd"
 
 
 def tune(operation: str, minutes: float, only: str, workers: int, save: Callable[[Table], None]) -> Table:
@@ -207,7 +214,7 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
     module = config_of(operation)
     table: Table = module.TABLE
     chosen = dict(table)
-    keys = sorted((k for k in table if k[0] == architecture() and only in str(k)), key=order)
+    keys = sorted((k for k in table if k.architecture == architecture() and only in str(k)), key=order)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for key in keys:
             if time.monotonic() > end:
@@ -260,7 +267,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune: there is no GPU here; tile sizes are found by measuring, so nothing was changed")
         return 2
-    path = FOLDER / f"{cases.load(given.operation).config}.py"
+    path = FOLDER / f"{given.operation}_config.py"
 
     def save(table: Table) -> None:
         if given.dry_run:

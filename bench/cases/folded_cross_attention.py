@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,7 @@ from torch import Tensor
 
 from bench import baselines
 from bench.ops import (
-    BOTH,
     DTYPES,
-    FORWARD,
-    Call,
     Case,
     Compilation,
     Inputs,
@@ -27,7 +24,7 @@ from bench.ops import (
 )
 from bench.roofline import ViT, Work
 from fastprompt import ops
-from fastprompt.kernels.triton import prompt_cross_attention_config as config
+from fastprompt.kernels.triton import folded_cross_attention_config as config
 
 EPS = 1e-6
 
@@ -124,17 +121,15 @@ def cases(size: Size) -> Iterator[Case]:
         yield case(B, N, P, H, D, *on)
 
 
-def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
-    """Return a call that the table's entry `key` serves: ViT-B's heads, and as many prompts as its columns hold."""
-    _, kernel, columns, itemsize = key
-    P = max(P for P in range(1, columns // 12 + 1) if config.split(12, P).total <= columns)
-    found = case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda", norm=widest)
-    return found, FORWARD if kernel == "fwd" else BOTH
+def reach(key: config.Key, images: int, widest: bool) -> Case:
+    """Return a case that the table's entry `key` serves: ViT-B's heads, and as many prompts as its columns hold."""
+    P = max(P for P in range(1, key.columns // 12 + 1) if config.split(12, P).total <= key.columns)
+    return case(images, 197, P, 12, 768, DTYPES[key.itemsize], "cuda", norm=widest)
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
 
-IMAGES, TOKENS, WIDTH = 64, 197, 768
+NO_NORM = (None, None, None)  # weight, bias, eps
 # (heads, prompts): tiles of 128 columns, 128 + 64, 128 + 32 + 64 + 16, 128 + 64 + 64 + 32.
 SHAPES = ((8, 16), (12, 16), (12, 20), (12, 24))
 # In one or two tiles, which hold most of what a program has room for; and with padding.
@@ -146,32 +141,28 @@ def entries() -> Iterator[Compilation]:
     """Yield the launches for each entry of the table in each dtype, with the residual, biases and all gradients."""
     for dtype in (LOW, torch.float16, WIDE):
         for H, P in _served(SHAPES, dtype):
-            yield _forward(H, P, dtype)
-            yield _backward(H, P, dtype)
+            yield from _launches(H, P, dtype)
             if (
                 dtype == LOW
             ):  # what needs the most registers: the norm, with float32 rows as autocast has them
-                yield _forward(H, P, LOW, WIDE, norm=True)
+                yield from _launches(H, P, LOW, WIDE, norms=(True,), backward=False)
 
 
 def variants() -> Iterator[Compilation]:
     """Yield the other shapes, the norm, and float32 rows; then what inference runs, prompts alone, and an odd width."""
     for dtype in (LOW, WIDE):
         for H, P in _served(SHAPES, dtype):
-            yield _forward(H, P, dtype, norm=True)
+            yield from _launches(H, P, dtype, norms=(True,), backward=False)
     for H, P in _served(OTHER_SHAPES, LOW):
-        yield _forward(H, P, LOW)
-        yield _backward(H, P, LOW)
+        yield from _launches(H, P, LOW)
     for H, P in _served(SHAPES + OTHER_SHAPES, LOW):
-        yield _forward(H, P, LOW, WIDE, norm=True)
-        yield _forward(H, P, LOW, WIDE)
-        yield _backward(H, P, LOW, WIDE)
-    H, P = 12, 10
-    yield _forward(H, P, LOW, residual=False)
-    yield _backward(H, P, LOW, residual=False, needs=[False, True, True, True, False])
-    yield _forward(H, P, LOW, D=1000)
-    yield _forward(H, P, LOW, D=1000, norm=True)
-    yield _backward(H, P, LOW, D=1000)
+        yield from _launches(H, P, LOW, WIDE, norms=(True, False))
+    (_, forward), (_, backward) = _launches(12, 10, LOW)
+    x, key, bias, value, *_ = forward.args
+    yield "inference, no residual", partial(forward.func, x, key, bias, value, None, False, *NO_NORM, False)
+    needs = [False, True, True, True, False]
+    yield "prompts alone", partial(backward.func, *backward.args[:5], False, needs)
+    yield from _launches(12, 10, LOW, D=1000, norms=(True, False))
 
 
 def _served(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -182,52 +173,33 @@ def _served(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> Iterator[t
     yield from ((H, P) for H, P in shapes if config.split(H, P).total <= room)
 
 
-def _forward(
+def _launches(
     H: int,
     P: int,
     dtype: torch.dtype,
     rows: torch.dtype | None = None,
     *,
-    D: int = WIDTH,
-    norm: bool = False,
-    residual: bool = True,
-) -> Compilation:
-    """Return a forward with rows of another dtype if given; without the residual as inference runs it."""
-    from fastprompt.kernels.triton import prompt_cross_attention as kernels
+    D: int = 768,
+    norms: Sequence[bool] = (False,),
+    backward: bool = True,
+) -> Iterator[Compilation]:
+    """Yield forwards with and without the norm, and a backward; `rows` is the dtype of x, if another one."""
+    from fastprompt.kernels.triton import folded_cross_attention as kernels
 
-    key, value = (meta(H, P, D, dtype=dtype) for _ in range(2))
-    x, out_bias = meta(IMAGES, TOKENS, D, dtype=rows or dtype), meta(D, dtype=dtype) if residual else None
-    affine = (meta(D, dtype=dtype), meta(D, dtype=dtype), EPS) if norm else (None, None, None)
-    options = f"{', norm' if norm else ''}{'' if residual else ', inference, no residual'}"
-    return _name(H, P, D, dtype, rows) + options, partial(
-        kernels.forward, x, key, meta(H, P, dtype=dtype), value, out_bias, residual, *affine, residual
+    name = f"H={H} P={P} D={D} {str(dtype).removeprefix('torch.')}{', float32 rows' if rows else ''}"
+    x, key, value = (
+        meta(64, 197, D, dtype=rows or dtype),
+        meta(H, P, D, dtype=dtype),
+        meta(H, P, D, dtype=dtype),
     )
+    bias, vector = meta(H, P, dtype=dtype), meta(D, dtype=dtype)
+    for norm in norms:
+        affine = (vector, vector, EPS) if norm else NO_NORM
+        call = partial(kernels.forward, x, key, bias, value, vector, True, *affine, True)
+        yield f"{name}{', norm' if norm else ''}", call
+    if backward:
+        weights = meta(64, 197, H, P, dtype=dtype)
+        yield name, partial(kernels.backward, x, x, key, value, weights, True, [True] * 5)
 
 
-def _backward(
-    H: int,
-    P: int,
-    dtype: torch.dtype,
-    rows: torch.dtype | None = None,
-    *,
-    D: int = WIDTH,
-    residual: bool = True,
-    needs: list[bool] | None = None,
-) -> Compilation:
-    from fastprompt.kernels.triton import prompt_cross_attention as kernels
-
-    grad, x = (meta(IMAGES, TOKENS, D, dtype=rows or dtype) for _ in range(2))
-    key, value = (meta(H, P, D, dtype=dtype) for _ in range(2))
-    weights = meta(IMAGES, TOKENS, H, P, dtype=dtype)
-    call = partial(kernels.backward, grad, x, key, value, weights, residual, needs or [True] * 5)
-    return _name(H, P, D, dtype, rows) + (", prompts alone" if needs else ""), call
-
-
-def _name(H: int, P: int, D: int, dtype: torch.dtype, rows: torch.dtype | None) -> str:
-    width = "" if D == WIDTH else f" D={D}"
-    return f"H={H} P={P}{width} {str(dtype).removeprefix('torch.')}{', float32 rows' if rows else ''}"
-
-
-OPERATION = Operation(
-    "folded_cross_attention", "prompt_cross_attention_config", cases, floors, reach, entries, variants
-)
+OPERATION = Operation("folded_cross_attention", cases, floors, reach, entries, variants)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import BOTH, FORWARD, Call, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
+from bench.ops import Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
+from fastprompt.kernels.triton.gated_blend_config import Key
 
 EPS = 1e-6
 
@@ -74,16 +75,14 @@ def cases(size: Size) -> Iterator[Case]:
         yield case(size.B, size.N + 50, 50, size.D, size.dtype, size.device, norm=norm)
 
 
-def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
-    """Return a call that the table's entry `key` serves: three quarters of its width, or all of it."""
-    _, kernel, width, norm = key
-    found = case(images, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda", norm=norm)
-    return found, FORWARD if kernel == "fwd" else BOTH
+def reach(key: Key, images: int, widest: bool) -> Case:
+    """Return a case that the table's entry `key` serves: three quarters of its width, or all of it."""
+    width = key.width if widest else key.width * 3 // 4
+    return case(images, 247, 50, width, torch.bfloat16, "cuda", norm=key.norm)
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
 
-IMAGES, TOKENS, START, PROMPTS = 4, 207, 1, 10
 WIDTHS = (96, 192, 384, 768, 1536, 4096)  # one for each width of the table
 
 
@@ -96,35 +95,27 @@ def entries() -> Iterator[Compilation]:
 
 
 def variants() -> Iterator[Compilation]:
-    """Yield in bfloat16: the norm's gradient alone, prompts and gate alone, and a width whose rows are not aligned."""
-    from fastprompt.kernels.triton import gated_blend as kernels
-
-    dtype = torch.bfloat16
-    yield from _launches(1000, dtype, norm=True)
-    gradient = _gradient(768, dtype, norm=True)
-    yield "no gate, norm", partial(kernels.backward, *gradient[:6], None, None, 0, 0, [True, False, False])
-    gradient = _gradient(768, dtype, norm=False)
-    yield "prompts alone", partial(kernels.backward, *gradient, [False, True, True])
+    """Yield in bfloat16: a width whose rows are not aligned, the norm's gradient alone, and prompts and gate alone."""
+    yield from _launches(1000, torch.bfloat16, norm=True)
+    _, (_, backward) = _launches(768, torch.bfloat16, norm=True)
+    of_norm = (*backward.args[:6], None, None, 0, 0, [True, False, False])
+    yield "no gate, norm", partial(backward.func, *of_norm)
+    _, (_, backward) = _launches(768, torch.bfloat16, norm=False)
+    yield "prompts alone", partial(backward.func, *backward.args[:-1], [False, True, True])
 
 
 def _launches(D: int, dtype: torch.dtype, norm: bool) -> Iterator[Compilation]:
     """Yield a forward and a backward for everything; the prompt rows are a view of an earlier sequence."""
     from fastprompt.kernels.triton import gated_blend as kernels
 
-    name = f"[{IMAGES}, {TOKENS}, {D}] {str(dtype).removeprefix('torch.')}{', norm' if norm else ''}"
-    x, delta, before = (meta(IMAGES, TOKENS, D, dtype=dtype) for _ in range(3))
-    affine = (meta(D, dtype=dtype), meta(D, dtype=dtype), EPS) if norm else (None, None, None)
-    rows = before[:, START : START + PROMPTS], meta(), START, PROMPTS
-    yield name, partial(kernels.forward, x, delta, *rows, *affine)
-    yield name, partial(kernels.backward, *_gradient(D, dtype, norm), [True, True, True])
+    B, N, start, P = 4, 207, 1, 10
+    name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}{', norm' if norm else ''}"
+    x, vector, statistics, gate = meta(B, N, D, dtype=dtype), meta(D, dtype=dtype), meta(B, N), meta()
+    affine = (vector, vector, EPS) if norm else (None,) * 3
+    saved = (x, x, statistics, statistics, vector) if norm else (None,) * 5
+    yield name, partial(kernels.forward, x, x, x[:, start : start + P], gate, start, P, *affine)
+    difference = meta(B, P, D, dtype=dtype)
+    yield name, partial(kernels.backward, x, *saved, gate, difference, start, P, [True, True, True])
 
 
-def _gradient(D: int, dtype: torch.dtype, norm: bool) -> tuple[Any, ...]:
-    """Return the backward's arguments before `needs`."""
-    grad_y, grad_normed, y = (meta(IMAGES, TOKENS, D, dtype=dtype) for _ in range(3))
-    saved = (grad_normed, y, meta(IMAGES, TOKENS), meta(IMAGES, TOKENS), meta(D, dtype=dtype))
-    difference = meta(IMAGES, PROMPTS, D, dtype=dtype)
-    return grad_y, *(saved if norm else (None,) * 5), meta(), difference, START, PROMPTS
-
-
-OPERATION = Operation("gated_blend", "gated_blend_config", cases, floors, reach, entries, variants)
+OPERATION = Operation("gated_blend", cases, floors, reach, entries, variants)

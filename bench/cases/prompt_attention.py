@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import BOTH, DTYPES, FORWARD, Call, Case, Compilation, Function, Inputs, Operation, Size, ours
+from bench.ops import DTYPES, Case, Compilation, Function, Inputs, Operation, Size, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
+from fastprompt.kernels.triton.prompt_attention_config import Key
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -224,20 +225,19 @@ def sweep(device: str, tiny: bool) -> Iterator[Case]:
 # Tiles ---------------------------------------------------------------------------------------------------------------
 
 
-def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
-    """Return a call that the table's entry `key` serves: of a shape that models have, or the widest."""
-    _, kernel, width, length, bits = key
-    N, B = (577, images // 2) if length == "long" else (197, images)
-    found = case(B, N, 50, 12, width if widest or width == 64 else 80, DTYPES[bits // 8], "cuda")
-    if length == "one":
+def reach(key: Key, images: int, widest: bool) -> Case:
+    """Return a case that the table's entry `key` serves: of a shape that models have, or the widest."""
+    N, B = (577, images // 2) if key.length == "long" else (197, images)
+    d = key.head_dim if widest or key.head_dim == 64 else 80
+    found = case(B, N, 50, 12, d, DTYPES[key.itemsize], "cuda")
+    if key.length == "one":
         draw = found.draw
         found.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
-    return found, FORWARD if kernel == "fwd" else BOTH
+    return found
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
 
-IMAGES, HEADS, PROMPTS = 4, 12, 10
 # (queries, keys without prompts, head_dim). Every entry of the table, with as much left over by whole tiles as may be.
 FORWARD_ENTRIES = (
     (1, 181, 64),
@@ -269,46 +269,34 @@ def entries() -> Iterator[Compilation]:
 def variants() -> Iterator[Compilation]:
     """Yield the other shapes in bfloat16; the last for prompts that alone train, without a temperature."""
     yield from _launches(FORWARD_VARIANTS, BACKWARD_VARIANTS, BF16)
-    (q, k, v, *prompts), _ = _inputs(197, 197, 64, BF16)
-    yield (
-        "bfloat16 197x0+10 d64",
-        _backward((q, k[:, :0], v[:, :0], *prompts), None, [False, False, False, True, True, False]),
-    )
+    ((_, backward),) = _launches((), [(197, 197, 64)], BF16)
+    out, q, k, v, prompt_k, prompt_v, _, *rest, _ = backward.args
+    no_keys = (out, q, k[:, :0], v[:, :0], prompt_k, prompt_v, None, *rest)
+    yield "bfloat16 197x0+10 d64", partial(backward.func, *no_keys, [False, False, False, True, True, False])
 
 
 def _launches(
     forward: Iterable[tuple[int, int, int]], backward: Iterable[tuple[int, int, int]], dtype: torch.dtype
 ) -> Iterator[Compilation]:
+    """Yield forwards and backwards for everything; q, k and v of one length are views of a packed tensor."""
     from fastprompt.kernels.triton import prompt_attention as kernels
 
-    def name(queries: int, keys: int, d: int) -> str:
-        return f"{str(dtype).removeprefix('torch.')} {queries}x{keys}+{PROMPTS} d{d}"
-
-    for shape in forward:
-        inputs, temperature = _inputs(*shape, dtype)
-        yield name(*shape), partial(kernels.forward, *inputs, temperature, None, 0.125)
-    for shape in backward:
-        yield name(*shape), _backward(*_inputs(*shape, dtype), [True] * 6)
-
-
-def _inputs(queries: int, keys: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return q, k, v, views of a packed tensor where they are of one length, shared prompts, and a temperature."""
-    if queries == keys:
-        q, k, v = meta(IMAGES, queries, 3, HEADS, d, dtype=dtype).unbind(2)
-    else:
-        q = meta(IMAGES, queries, HEADS, d, dtype=dtype)
-        k, v = meta(IMAGES, keys, 2, HEADS, d, dtype=dtype).unbind(2)
-    return (q, k, v, *meta(2, PROMPTS, HEADS, d, dtype=dtype)), meta(1)
+    B, H, P = 4, 12, 10
+    for kind, shapes in (("fwd", forward), ("bwd", backward)):
+        for queries, keys, d in shapes:
+            name = f"{str(dtype).removeprefix('torch.')} {queries}x{keys}+{P} d{d}"
+            q, k, v = meta(B, keys, 3, H, d, dtype=dtype).unbind(2)
+            q, out = (
+                (q if queries == keys else meta(B, 1, H, d, dtype=dtype)),
+                meta(B, queries, H, d, dtype=dtype),
+            )
+            prompts, temperature = meta(2, P, H, d, dtype=dtype), meta(1)
+            inputs = q, k, v, *prompts, temperature, None
+            if kind == "fwd":
+                yield name, partial(kernels.forward, *inputs, 0.125)
+            else:
+                lse = meta(B, H, queries)
+                yield name, partial(kernels.backward, out, *inputs, out, lse, 0.125, [True] * 6)
 
 
-def _backward(inputs: tuple[Tensor, ...], temperature: Tensor | None, needs: list[bool]) -> Function:
-    from fastprompt.kernels.triton import prompt_attention as kernels
-
-    out = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-    lse = meta(out.shape[0], out.shape[2], out.shape[1])
-    return partial(kernels.backward, out, *inputs, temperature, None, out, lse, 0.125, needs)
-
-
-OPERATION = Operation(
-    "prompt_attention", "prompt_attention_config", cases, floors, reach, entries, variants, sweep=sweep
-)
+OPERATION = Operation("prompt_attention", cases, floors, reach, entries, variants, sweep=sweep)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import baselines
 from bench.ops import (
-    BOTH,
     DTYPES,
-    FORWARD,
-    Call,
     Case,
     Compilation,
     Inputs,
@@ -83,19 +79,17 @@ def cases(size: Size) -> Iterator[Case]:
     yield case(size.B, size.N + 50, size.H, size.D, size.dtype, size.device)
 
 
-def reach(key: tuple[Any, ...], images: int, widest: bool) -> Call:
-    """Return a call that the table's entry `key` serves: the widest ViT whose query rows, filled up to 16, fit."""
-    _, kernel, size, itemsize = key
+def reach(key: config.Key, images: int, widest: bool) -> Case:
+    """Return a case that the table's entry `key` serves: the widest ViT whose query rows, filled up to 16, fit."""
     vits = ((3, 192), (6, 384), (12, 768), (16, 1024), (16, 1280))
-    H, D = max((vit for vit in vits if 16 * vit[1] <= size), default=vits[0])
+    H, D = max((vit for vit in vits if 16 * vit[1] <= key.size), default=vits[0])
     if widest:
-        H, D = 8, size // 16 // 8 * 8
-    return case(images, 247, H, D, DTYPES[itemsize], "cuda"), FORWARD if kernel == "fwd" else BOTH
+        H, D = 8, key.size // 16 // 8 * 8
+    return case(images, 247, H, D, DTYPES[key.itemsize], "cuda")
 
 
 # Offline compilation -------------------------------------------------------------------------------------------------
 
-IMAGES, TOKENS, PROMPTS = 4, 197, 10
 # Query rows and width: the largest of each size, and in bfloat16 those in use that fill it otherwise.
 SHAPES = ((12, 256), (12, 512), (12, 768), (16, 1024), (12, 1536))
 OTHER_SHAPES = ((3, 192), (6, 384), (16, 1280), (24, 768))
@@ -108,13 +102,12 @@ def entries() -> Iterator[Compilation]:
 
 
 def variants() -> Iterator[Compilation]:
-    """Yield the other shapes in bfloat16; then the subsets of gradients, and widths whose rows are not aligned."""
-    yield from _launches(OTHER_SHAPES, torch.bfloat16)
+    """Yield in bfloat16: the other shapes, widths whose rows are not aligned, and the subsets of gradients."""
+    yield from _launches((*OTHER_SHAPES, (12, 1000), (12, 253)), torch.bfloat16)
+    _, (_, backward) = _launches([(12, 768)], torch.bfloat16)
     for needs in ([True, False, False], [False, True, False], [False, False, True], [True, True, False]):
         wanted = " ".join(n for n, need in zip(("query", "rows", "prompts"), needs, strict=True) if need)
-        yield f"for {wanted}", _backward(12, 768, torch.bfloat16, needs)
-    for D in (1000, 253):
-        yield from _launches([(12, D)], torch.bfloat16)
+        yield f"for {wanted}", partial(backward.func, *backward.args[:-1], needs)
 
 
 def _launches(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> Iterator[Compilation]:
@@ -122,30 +115,15 @@ def _launches(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> Iterator
     from fastprompt.kernels.triton import launch
     from fastprompt.kernels.triton import row_attention as kernels
 
+    B, N, P = 4, 197, 10
     room = config.largest(launch.architecture(torch.device("meta")), dtype.itemsize)
     for M, D in shapes:
         if (16 if M <= 16 else 32) * D <= room:
-            name = f"[{IMAGES}, {M}, {D}] {str(dtype).removeprefix('torch.')}"
-            yield name, partial(kernels.forward, *_inputs(M, D, dtype))
-            yield name, _backward(M, D, dtype, [True, True, True])
+            name = f"[{B}, {M}, {D}] {str(dtype).removeprefix('torch.')}"
+            query = meta(B, M, D, dtype=dtype)
+            inputs = query, meta(B, N, D, dtype=dtype), meta(P, D, dtype=dtype)
+            yield name, partial(kernels.forward, *inputs)
+            yield name, partial(kernels.backward, query, *inputs, query, meta(B, M), [True, True, True])
 
 
-def _backward(M: int, D: int, dtype: torch.dtype, needs: list[bool]) -> Any:
-    from fastprompt.kernels.triton import row_attention as kernels
-
-    query, rows, prompts = _inputs(M, D, dtype)
-    lse = meta(IMAGES, M)
-    return partial(
-        kernels.backward, torch.empty_like(query), query, rows, prompts, torch.empty_like(query), lse, needs
-    )
-
-
-def _inputs(M: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        meta(IMAGES, M, D, dtype=dtype),
-        meta(IMAGES, TOKENS, D, dtype=dtype),
-        meta(PROMPTS, D, dtype=dtype),
-    )
-
-
-OPERATION = Operation("row_attention", "row_attention_config", cases, floors, reach, entries, variants)
+OPERATION = Operation("row_attention", cases, floors, reach, entries, variants)

@@ -22,7 +22,7 @@ by_operation = pytest.mark.parametrize("operation", cases.NAMES)
 def test_a_rewritten_table_is_the_given_one_and_the_rest_of_the_file_stays(
     operation: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / f"{cases.load(operation).config}.py"
+    path = tmp_path / f"{operation}_config.py"
     shutil.copy(tune.FOLDER / path.name, path)
     before, text = tune.loaded(path).TABLE, path.read_text()
     table = dict(before)
@@ -95,16 +95,16 @@ def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.Mo
     assert table == {(90,): "old"}
 
 
-# What the launchers of each operation ask their table for, by the kernel of the key and the shape of a case.
+# The sizes by which the launchers of each operation choose an entry, from its key and the shape of a case.
 CHOICES: dict[str, Any] = {
-    "prompt_attention": lambda choose, key, shape: choose(
-        key[1], 90, shape["d"], 1 if key[3] == "one" else shape["N"], shape["N"] + shape["P"], key[4]
+    "prompt_attention": lambda key, shape: (
+        *(shape["d"], 1 if key.length == "one" else shape["N"], shape["N"] + shape["P"], key.itemsize),
     ),
-    "gated_blend": lambda choose, key, shape: choose(90, key[1], shape["D"], key[3]),
-    "folded_cross_attention": lambda choose, key, shape: choose(
-        90, key[1], tune.config_of("folded_cross_attention").split(shape["H"], shape["P"]).total, key[3]
+    "gated_blend": lambda key, shape: (shape["D"], key.norm),
+    "folded_cross_attention": lambda key, shape: (
+        *(tune.config_of("folded_cross_attention").split(shape["H"], shape["P"]).total, key.itemsize),
     ),
-    "row_attention": lambda choose, key, shape: choose(90, key[1], 16 * shape["D"], key[3]),
+    "row_attention": lambda key, shape: (16 * shape["D"], key.itemsize),
 }
 
 
@@ -114,13 +114,14 @@ def test_every_entry_has_candidates_and_calls_that_reach_it(
 ) -> None:
     """The operation's own `choose` finds the entry, and after a change the changed one: nothing remembers it."""
     config = tune.config_of(operation)
-    for key in [key for key in config.TABLE if key[0] == 90]:
+    for key in [key for key in config.TABLE if key.architecture == 90]:
         other = next(c for c in config.candidates(key) if c != config.TABLE[key])
         monkeypatch.setitem(config.TABLE, key, other)
         for images, widest in ((tune.TIMED, False), (tune.CHECKED, True)):
-            case, mode = cases.load(operation).reach(key, images, widest)
-            assert mode == (ops.FORWARD if key[1] == "fwd" else ops.BOTH)
-            assert CHOICES[operation](config.choose, key, case.shape) is other, key
+            case, mode = tune.call_of(operation, key, images, widest)
+            assert mode == (ops.FORWARD if key.kernel == "fwd" else ops.BOTH)
+            sizes = CHOICES[operation](key, case.shape)
+            assert config.choose(90, key.kernel, *sizes) is other, key
 
 
 def test_keys_of_the_most_used_kernels_come_first() -> None:

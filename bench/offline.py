@@ -21,6 +21,7 @@ from pathlib import Path
 import triton
 
 from bench import cases
+from bench.offline_compile import Compiled, compiling
 from bench.sass import Machine, read
 from fastprompt.kernels.triton import launch
 
@@ -61,7 +62,7 @@ def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool =
     """
     seen: set[tuple[object, ...]] = set()
     for operation in map(cases.load, names):
-        with launch.compiling(arch) as compiled:
+        with compiling(arch) as compiled:
             for shape, call in chain(operation.entries(), () if entries else operation.variants()):
                 call()
                 for found in compiled:
@@ -85,12 +86,12 @@ def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool =
                 compiled.clear()
 
 
-def _dtype(found: launch.Compiled) -> str:
+def _dtype(found: Compiled) -> str:
     """What the kernel's first pointer points to: its input's dtype."""
     return next(kind[1:] for kind in found.kernel.src.signature.values() if kind.startswith("*"))
 
 
-def _slow_products(arch: int, found: launch.Compiled, machine: Machine) -> str | None:
+def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
     """Warp-level products where the architecture has better ones: only tiles of fewer than 64 rows may use them."""
     if arch == 90 and machine.matrix.get("HMMA") and "HGMMA" not in machine.matrix:
         return (

@@ -29,14 +29,14 @@ SDPA = {
 
 
 def join(image: Tensor, prompts: Tensor | None) -> Tensor:
-    """[B, N, H, d] and prompts [P, H, d] or [B, P, H, d] (or None) -> [B, H, N + P, d], as SDPA takes it."""
+    """Join [B, N, H, d] and prompts [P, H, d] or [B, P, H, d] (or None): [B, H, N + P, d], as SDPA takes it."""
     if prompts is not None and prompts.shape[-3] > 0:
         image = torch.cat([image, prompts.expand(image.shape[0], -1, -1, -1)], dim=1)
     return image.transpose(1, 2)
 
 
 def sdpa(name: str) -> Attention:
-    """`F.scaled_dot_product_attention` over the joined keys, held to one of `SDPA`."""
+    """Return `F.scaled_dot_product_attention` over the joined keys, held to one of `SDPA`."""
 
     def attention(
         q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None = None, prompt_v: Tensor | None = None
@@ -57,7 +57,7 @@ def products(
     *,
     temperature: Tensor | None = None,
 ) -> Tensor:
-    """Plain matrix products and a softmax: the definition, in the inputs' dtype; in float64 the yardstick.
+    """Return attention by matrix products and a softmax: the definition, in the inputs' dtype.
 
     `temperature` has one element, or one for each score row, [B, H, N, 1].
     """
@@ -69,7 +69,7 @@ def products(
 
 
 def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attention:
-    """FlexAttention over the joined keys; compiled, its kernels' tiles are searched for each shape."""
+    """Return FlexAttention over the joined keys; compiled, it searches its tiles for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # Static shapes: a kernel for just this length, which is the best case.
@@ -87,63 +87,55 @@ def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attenti
 # The other operations -----------------------------------------------------------------------------------------------
 
 
-def blend(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, *, start: int) -> Tensor:
-    """GateVPT after a block: residual add, and prompt rows [B, P, D] blended with those that entered it.
-
-    x, delta [B, N, D], with prompts at rows start .. start + P -> [B, N, D].
-    """
-    out = x + delta
-    stop = start + prompt_in.shape[1]
-    rows = gate * out[:, start:stop] + (1 - gate) * prompt_in
-    return torch.cat([out[:, :start], rows.to(out.dtype), out[:, stop:]], dim=1)
-
-
-def blend_norm(
+def blend(
     x: Tensor,
     delta: Tensor,
     prompt_in: Tensor,
     gate: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     start: int,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """:func:`blend`, then the next block's LayerNorm: (y, normed), both [B, N, D]."""
-    y = blend(x, delta, prompt_in, gate, start=start)
-    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps)
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return GateVPT's residual add x + delta, prompt rows [B, P, D] blended with those that entered the block.
 
-
-def folded(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, out_bias: Tensor) -> Tensor:
-    """CVPT with prompts folded beforehand, and its residual add: two products around a softmax per head.
-
-    x [B, N, D], key, value [H, P, D], bias [H, P], out_bias [D] -> [B, N, D].
+    x, delta [B, N, D], with prompts at rows start .. start + P -> y [B, N, D]; with the `weight` and `bias` of the
+    LayerNorm that follows (y, normed).
     """
-    H, P, D = key.shape
-    scores = F.linear(x, key.view(H * P, D), bias.view(H * P)).unflatten(-1, (H, P))
-    return x + torch.matmul(scores.softmax(-1).flatten(-2), value.view(H * P, D)) + out_bias
+    out = x + delta
+    stop = start + prompt_in.shape[1]
+    rows = gate * out[:, start:stop] + (1 - gate) * prompt_in
+    y = torch.cat([out[:, :start], rows.to(out.dtype), out[:, stop:]], dim=1)
+    return y if weight is None else (y, F.layer_norm(y, y.shape[-1:], weight, bias, eps))
 
 
-def folded_norm(
+def folded(
     x: Tensor,
     key: Tensor,
     bias: Tensor,
     value: Tensor,
     out_bias: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor,
+    weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """:func:`folded`, then the block's second LayerNorm: (y, normed), both [B, N, D]."""
-    y = folded(x, key, bias, value, out_bias)
-    return y, F.layer_norm(y, y.shape[-1:], weight, norm_bias, eps)
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return CVPT's residual add with prompts folded beforehand: two products around a softmax for each head.
+
+    x [B, N, D], key, value [H, P, D], bias [H, P], out_bias [D] -> y [B, N, D]; with the `weight` and `norm_bias` of
+    the LayerNorm that follows (y, normed).
+    """
+    H, P, D = key.shape
+    scores = F.linear(x, key.view(H * P, D), bias.view(H * P)).unflatten(-1, (H, P))
+    y = x + torch.matmul(scores.softmax(-1).flatten(-2), value.view(H * P, D)) + out_bias
+    return y if weight is None else (y, F.layer_norm(y, y.shape[-1:], weight, norm_bias, eps))
 
 
 def row(
     query: Tensor, rows: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor
 ) -> Tensor:
-    """One query row over keys and values made of all rows: query [B, 1, H, d], rows [B, N, D] -> [B, 1, H, d]."""
+    """Return attention of query [B, 1, H, d] to keys and values made of all rows [B, N, D]: [B, 1, H, d]."""
     B, _, H, d = query.shape
     k, v = (
         F.linear(rows, weight, bias).view(B, -1, H, d).transpose(1, 2)

@@ -7,6 +7,8 @@ from typing import Any
 import golden_files
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm_families import small
 from torch import Tensor, nn
 
 import fastprompt
@@ -105,6 +107,34 @@ def test_da_vpt(name: str) -> None:
         return {f"prompts.{i}": next(sources[i in guided]) for i in range(len(base.blocks))}
 
     check(published(case, config, base, in_order("prompt")), case, in_order("grad"))
+
+
+def test_da_vpt_with_masked_prompts() -> None:
+    tensors = golden_files.load("davpt_mask_all").tensors
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
+    base = VisionTransformer(**sizes, global_pool="avg", fc_norm=False).double()
+    config = DAVPTConfig(7, 3, (1, 2), prompt_norm="l2", pool="all", mask_prompts=True)
+    model = fastprompt.get_prompt_model(base, config).eval()
+    state = {key.removeprefix("state."): t for key, t in tensors.items() if key.startswith("state.")}
+    fastprompt.load_official_state_dict(model, state)
+    assert_same(paper_model(model)(tensors["input"].double()), tensors["logits"])
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        (
+            "eva02-fused-glu",
+            CVPTConfig(2),
+            "needs blocks of timm's `Block` with `Attention`; blocks.0 is EvaBlock",
+        ),
+        ("vit", DAVPTConfig(2, 2, (0, 0), tune="prompts+biases"), "needs tune='prompts'"),
+    ],
+)
+def test_what_is_not_written_is_refused(family: str, config: PromptConfig, message: str) -> None:
+    model = fastprompt.get_prompt_model(small(family), config)
+    with pytest.raises(NotImplementedError, match=message):
+        paper_model(model)
 
 
 def test_the_backward_of_the_bare_backbone_runs_through_every_block() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import fastprompt
-from bench import measure, models, ops
+from bench import costs, measure, models, ops
 from bench.cases import operations
 from bench.correctness import Oracle, WrongResult
 from bench.report import RESULTS, tables
@@ -156,6 +156,8 @@ def main() -> None:
             partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             print(f"{suite:<18} {row.mode:<16} {row.provider:<26} measured", file=sys.stderr, flush=True)
     partial.replace(path)
+    if arguments.out == default and not arguments.quick:
+        costs.write()
     print(tables({"rows": rows}))
 
 

@@ -97,7 +97,7 @@ def case(
         y, normed = ops.folded_cross_attention(x, folded, residual=True, norm=given, backend=backend)
         return (y, normed) if norm else y
 
-    plain = baselines.folded_norm if norm else baselines.folded
+    plain = baselines.folded
     return Case(
         "folded_cross_attention_norm" if norm else "folded_cross_attention",
         {"B": B, "N": N, "P": P, "H": H, "D": D},

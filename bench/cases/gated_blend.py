@@ -55,7 +55,7 @@ def case(B: int, N: int, P: int, D: int, dtype: torch.dtype, device: str, *, nor
         y, normed = ops.gated_blend(x, delta, prompt_in, gate, 1, P, norm=given, backend=backend)
         return (y, normed) if norm else y
 
-    plain = partial(baselines.blend_norm if norm else baselines.blend, start=1)
+    plain = partial(baselines.blend, start=1)
     return Case(
         "gated_blend_norm" if norm else "gated_blend",
         {"B": B, "N": N, "P": P, "D": D},

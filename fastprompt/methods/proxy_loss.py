@@ -17,7 +17,8 @@ from fastprompt.ops.operator import accumulation_dtype
 def similarities(features: Tensor, proxies: Tensor, scale: float) -> Tensor:
     """Scaled cosines of features [B, D] and proxies [P, D]: [B, P], in float32 or better."""
     wide = accumulation_dtype(torch.promote_types(features.dtype, proxies.dtype))
-    with torch.autocast(features.device.type, enabled=False):
+    device = "cpu" if features.is_meta else features.device.type  # the meta device has no autocast
+    with torch.autocast(device, enabled=False):
         return F.normalize(features.to(wide), dim=-1) @ (scale * F.normalize(proxies.to(wide), dim=-1)).mT
 
 

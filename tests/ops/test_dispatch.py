@@ -271,7 +271,6 @@ def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
     arguments = (rows, rows, rows[:, :1], gate, 0, 1)
     without_norm = (*arguments, None, None, None)
     assert dispatch.select("gated_blend", "auto", *without_norm)[0] == "cpu"
-    assert dispatch.why_not("gated_blend", "cpu", *arguments, None, None, 1e-6) == "it computes no norm"
     meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in without_norm)
     assert dispatch.explain("gated_blend", *meta)["cpu"] == "it runs on cpu tensors, not meta ones"
     assert torch.equal(gated_blend(*arguments, backend="cpu")[0], gated_blend(*arguments, backend="eager")[0])

@@ -158,7 +158,7 @@ class _Trained:
 
     def __init__(self, method: str, device: str, autocast: bool = False) -> None:
         base = timm.create_model("test_vit", img_size=64, depth=2, num_classes=5).to(device)
-        self.model: Any = fastprompt.get_prompt_model(base, METHODS[method].config(4)).train()
+        self.model: Any = fastprompt.get_prompt_model(base, METHODS[method](4, 2)).train()
         self.images = torch.randn(4, 3, 64, 64, device=device)
         self.autocast = partial(torch.autocast, device, BF16, enabled=autocast)
         wide = copy.deepcopy(self.model).double()

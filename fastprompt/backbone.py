@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastprompt import vit
-from fastprompt.blocks import Span, select
+from fastprompt.blocks import Span, attention_of, select
 from fastprompt.config import Pool
 from fastprompt.ops.operator import autocast_enabled
 from fastprompt.refusals import class_path, refusal
@@ -40,6 +40,18 @@ def model_reason(model: nn.Module) -> str | None:
         reason = vit.prompt_reason(block)
         if reason is not None:
             return f"blocks.{i}: {reason}"
+    return None
+
+
+def attention_dropout_reason(model: Backbone) -> str | None:
+    """Return why the blocks of `model` cannot be in train mode, or None."""
+    for i, block in enumerate(blocks_of(model)):
+        probability = attention_of(block).attn_drop.p
+        if probability > 0:
+            return (
+                f"blocks.{i}: attention dropout {probability} would be active with backbone_train_mode=True and is not "
+                "supported; build the model with attn_drop_rate=0"
+            )
     return None
 
 

@@ -377,6 +377,11 @@ def test_state_of_another_method_is_refused(mine: str, theirs: str) -> None:
     assert f"make the model with `fastprompt.{CONFIGS[theirs]}Config`" in line
 
 
+def test_names_of_several_methods_are_refused() -> None:
+    (line,) = refused(vpt(), golden("gatevpt_cls")[1] | golden("cvpt_insert3")[1], strict=False)
+    assert line.endswith("mixes names of several methods: Prompt_Tokens, gate_logit, prompt_embeddings, temp")
+
+
 def test_own_state_is_refused() -> None:
     model = vpt()
     (line,) = refused(model, model.state_dict())

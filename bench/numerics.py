@@ -1,7 +1,7 @@
 """Correctness on a device: a sweep of shapes, and the modes in which models are run, all against float64.
 
 Every competitor here is the package, on each backend. Memory from `torch.empty` is poisoned with NaN, and each call is
-made twice: the results must be the same bits.
+run twice: the results must be the same bits.
 """
 
 from __future__ import annotations

@@ -51,11 +51,12 @@ class Path(NamedTuple):
     trainable: str | None = None
 
 
-# What the grids above ask of `eager`, in as few calls as the interpreter has time for. A kernel's code depends on: the
-# pieces of head_dim (16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128); whether all keys are held at once (in which pieces) or
-# tiles of 128 of them, whole ones and a tail in 16 bits, masked ones in float32; one or several tiles of queries; the
-# kind of prompts and the temperature; aligned rows or not; and what trains. test_prompt_attention_paths.py checks that
-# these reach each kernel with each of its flags.
+# What the grids above ask of `eager`, in as few calls as the interpreter has time for. A kernel's code depends on
+# - the pieces of head_dim (16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128), and whether rows are aligned;
+# - whether all keys are held at once (in which pieces), or in tiles of 128: whole ones and a tail in 16 bits, masked
+#   ones in float32; and on one or several tiles of queries;
+# - the kind of prompts, the temperature, and what trains.
+# test_prompt_attention_paths.py checks that these reach each kernel with each of its flags.
 HALF = torch.float16
 SMALL = Shape(B=2, Nq=5, N=3, P=2, d=8)
 PATHS = {

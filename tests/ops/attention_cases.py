@@ -6,7 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastprompt.ops import AttentionWeights
 
 
 class Shape(NamedTuple):
@@ -51,11 +54,12 @@ class Path(NamedTuple):
     trainable: str | None = None
 
 
-# What the grids above ask of `eager`, in as few calls as the interpreter has time for. A kernel's code depends on: the
-# pieces of head_dim (16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128); whether all keys are held at once (in which pieces) or
-# tiles of 128 of them, whole ones and a tail in 16 bits, masked ones in float32; one or several tiles of queries; the
-# kind of prompts and the temperature; aligned rows or not; and what trains. test_prompt_attention_paths.py checks that
-# these reach each kernel with each of its flags.
+# What the grids above ask of `eager`, in as few calls as the interpreter has time for. A kernel's code depends on
+# - the pieces of head_dim (16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128), and whether rows are aligned;
+# - whether all keys are held at once (in which pieces), or in tiles of 128: whole ones and a tail in 16 bits, masked
+#   ones in float32; and on one or several tiles of queries;
+# - the kind of prompts, the temperature, and what trains.
+# test_prompt_attention_paths.py checks that these reach each kernel with each of its flags.
 HALF = torch.float16
 SMALL = Shape(B=2, Nq=5, N=3, P=2, d=8)
 PATHS = {
@@ -185,3 +189,20 @@ def by_loops(
                 rows.append(sum((w / total * value for w, value in zip(weights, values, strict=True))))
     B, Nq, H, d = q.shape
     return torch.stack(rows).view(B, H, Nq, d).transpose(1, 2)
+
+
+def cross_attention(
+    x: Tensor, prompts: Tensor, weights: AttentionWeights, H: int, scale: float | None = None
+) -> Tensor:
+    """CVPT's cross-attention as its equations stand, by matmul and softmax in the inputs' dtype."""
+    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, proj_weight, proj_bias = weights
+
+    q = F.linear(x, q_weight, q_bias)
+    k, v = F.linear(prompts, k_weight, k_bias), F.linear(prompts, v_weight, v_bias)
+    d = q.shape[-1] // H
+    outs = []
+    for h in range(H):
+        part = slice(h * d, (h + 1) * d)
+        scores = q[..., part] @ k[..., part].mT * (d**-0.5 if scale is None else scale)
+        outs.append(scores.softmax(-1) @ v[..., part])
+    return F.linear(torch.cat(outs, -1), proj_weight, proj_bias)

@@ -60,7 +60,8 @@ def test_output_and_gradients_of_packed(backend: str, device: str, path: Path) -
 
 @pytest.mark.skipif("triton" not in backends_of(OPERATION), reason="Triton runs nothing here")
 def test_every_kernel_is_reached_with_each_of_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastprompt.kernels.triton import launch, prompt_attention as launchers
+    from fastprompt.kernels.triton import launch
+    from fastprompt.kernels.triton import prompt_attention as launchers
 
     if not launch.INTERPRETED:
         pytest.skip("a GPU has other tiles; it runs the grids")

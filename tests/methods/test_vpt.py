@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
+from method_models import FAMILIES, outputs_and_gradients
 from timm.layers import DropPath
-from timm_families import CLASSES, DEPTH, FAMILIES, PROMPTABLE, images, randomise, small, vit
+from timm_families import CLASSES, DEPTH, PRESENT, PROMPTABLE, images, randomise, small, vit
 from torch import Tensor, nn
 
 import fastprompt
-from bench.baselines import ConcatVPT
+from bench.correctness import assert_same
+from bench.papers import paper_model, trace
 from fastprompt import VPTConfig, backbone, blocks
+from fastprompt.config import Pool
 
-PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 1}}
+PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 2}}
 
 
 def prompted(base: nn.Module, config: VPTConfig) -> Any:
@@ -28,50 +31,30 @@ def prompted(base: nn.Module, config: VPTConfig) -> Any:
 
 
 def pools_of(base: nn.Module) -> list[str]:
-    return [p for p in backbone.POOLS if backbone.pool_reason(base, p) is None]
+    return [p for p in get_args(Pool) if backbone.pool_reason(base, p) is None]
 
 
-def oracle_of(model: Any, masks: list[Tensor] | None = None) -> ConcatVPT:
-    prompts = list(model.prompts)
-    if model.config.shared_across_blocks:
-        prompts *= model.method.prompted
-    return ConcatVPT(model.base, prompts, model.pool, masks)
+def assert_right(model: Any) -> None:
+    """Compare logits and gradients with concatenation, and the other ways to the logits with each other."""
+    x = images()
+    mine = outputs_and_gradients(model, x, None)
+    assert_same(mine, outputs_and_gradients(paper_model(model), x, None))
+    with torch.no_grad():
+        for logits in (model.forward_head(model.forward_features(x)), model.fold()(x)):
+            assert_same(logits, mine["logits"])
 
 
-def gradients(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Output, and the gradients of prompts and head for a fixed cotangent."""
-    out = model(x)
-    cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
-    heads = model.base.get_classifier()
-    trained = [*model.prompts] + [
-        p for h in (heads if isinstance(heads, tuple) else (heads,)) for p in h.parameters()
-    ]
-    return out, list(torch.autograd.grad((out * cotangent).sum(), trained))
-
-
-def assert_same(mine: Any, theirs: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("place", ["deep", "shallow"])
+@pytest.mark.parametrize("family", PROMPTABLE)
+def test_numbers_equal_concatenation_on_every_family(family: str, place: str) -> None:
+    assert_right(prompted(small(family), VPTConfig(3, **PLACES[place])))
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("family", PROMPTABLE)
-def test_logits_and_gradients_equal_concatenation(family: str, place: str) -> None:
-    base, x = small(family), images()
-    for pool in pools_of(base):
-        model = prompted(small(family), VPTConfig(3, pool=pool, **PLACES[place]))
-        assert_same(gradients(model, x), gradients(oracle_of(model), x))
-
-
-@pytest.mark.parametrize("family", PROMPTABLE)
-def test_folded_features_and_head_agree_with_the_model(family: str) -> None:
-    x = images()
+@pytest.mark.parametrize("family", [*FAMILIES, "eva-no-rope"])
+def test_numbers_equal_concatenation_for_every_pool(family: str, place: str) -> None:
     for pool in pools_of(small(family)):
-        for place in PLACES.values():
-            model = prompted(small(family), VPTConfig(3, pool=pool, **place))
-            with torch.no_grad():
-                logits = model(x)
-                assert_same(model.forward_head(model.forward_features(x)), logits)
-                assert_same(model.fold()(x), logits)
+        assert_right(prompted(small(family, depth=3), VPTConfig(3, pool=pool, **PLACES[place])))
 
 
 @pytest.mark.parametrize("family", PROMPTABLE)
@@ -82,64 +65,24 @@ def test_no_prompts_leave_the_backbone_as_it_is(family: str) -> None:
         assert_same(fastprompt.get_prompt_model(base, config).eval()(x), expected)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "vit-qk-norm", "rope-mixed"])
-def test_dropout_masks_of_each_image_equal_concatenation(
-    family: str, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the same masks: the official code drops prompts after they are expanded to the batch."""
-    model = prompted(small(family), VPTConfig(3, dropout=0.4, **PLACES[place])).train()
-    masks: list[Tensor] = []
-
-    def dropout(p: Tensor, probability: float, training: bool = True, inplace: bool = False) -> Tensor:
-        if probability == 0 or not training:
-            return p  # the frozen backbone's own dropouts
-        assert p.shape[0] == 2, "prompts are expanded to the batch first"
-        masks.append((torch.rand(p.shape) > probability).to(p.dtype) / (1 - probability))
-        return p * masks[-1]
-
-    monkeypatch.setattr("fastprompt.methods.vpt.F.dropout", dropout)
-    mine = gradients(model, images())
-    assert len(masks) == model.method.prompted
-    assert not torch.equal(masks[0][0], masks[0][1])
-    assert_same(mine, gradients(oracle_of(model, masks), images()))
-
-
-def test_dropout_is_off_in_eval_mode_and_when_folded() -> None:
-    model = prompted(small("vit"), VPTConfig(3, dropout=0.9))
-    x = images()
-    assert_same(model(x), model(x))
-    assert_same(model.train().fold()(x), model.eval()(x))
-
-
 def test_shared_prompts_collect_the_gradients_of_all_blocks() -> None:
     model = prompted(small("vit"), VPTConfig(3, shared_across_blocks=True))
     assert len(model.prompts) == 1
-    logits, (shared, *_) = gradients(model, images())
-    oracle = oracle_of(model)
-    expected, per_block = gradients(oracle, images())
-    assert_same(logits, expected)
-    assert_same(shared, sum(per_block[:DEPTH]))
+    assert_right(model)
 
 
 def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
     model = prompted(small("vit"), VPTConfig(3, project=10))
     assert [tuple(p.shape) for p in model.prompts] == [(3, 10)] * DEPTH
-    oracle = ConcatVPT(model.base, [model.prompt_project(p) for p in model.prompts])
-    assert_same(model(images()), oracle(images()))
-    assert model.prompt_project.weight.requires_grad
+    assert_right(model)
 
 
 @pytest.mark.parametrize("family", ["vit", "deit-distilled", "rope-dinov3", "vit-avg-fc-norm"])
 @pytest.mark.parametrize("place", PLACES)
 def test_intermediates_are_the_concatenating_models_without_prompts(family: str, place: str) -> None:
     model = prompted(small(family), VPTConfig(3, **PLACES[place]))
-    oracle, x = oracle_of(model), images()
-    prefix, P = model.base.num_prefix_tokens, 3
-    states = oracle.tokens(x)
-    if place == "partial":
-        assert states[0].shape == states[1].shape
-    expected = [torch.cat([s[:, :prefix], s[:, prefix + P :]], 1) for s in states]
+    x, prefix = images(), model.base.num_prefix_tokens
+    expected = trace(model, x).tokens
     final, rows = model.forward_intermediates(x, output_fmt="NLC")
     assert_same(rows, [s[:, prefix:] for s in expected])
     assert_same(final, model.base.norm(expected[-1]))
@@ -165,9 +108,9 @@ def test_intermediates_have_timms_shapes_and_order() -> None:
 def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     for place in PLACES.values():
         model = prompted(small("vit"), VPTConfig(3, **place))
-        plain = gradients(model, images())
+        plain = outputs_and_gradients(model, images(), None)
         model.base.set_grad_checkpointing(True)
-        assert_same(gradients(model, images()), plain)
+        assert_same(outputs_and_gradients(model, images(), None), plain)
 
 
 def test_drop_path_of_frozen_blocks_is_active_only_on_request() -> None:
@@ -181,7 +124,7 @@ def test_drop_path_of_frozen_blocks_is_active_only_on_request() -> None:
     assert any(m.training for m in moving.base.modules() if isinstance(m, DropPath))
     torch.manual_seed(0)
     mine = moving(images(8))
-    oracle = oracle_of(moving).train()
+    oracle = paper_model(moving).train()
     torch.manual_seed(0)
     assert_same(
         mine, oracle(images(8))
@@ -238,7 +181,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
     """Nothing before block 0 trains."""
     model = prompted(small("vit"), VPTConfig(3))
     x, ropes = backbone.embed(model.base, images())
-    state = model.method.prepare(model, 2, model._read)
+    state = model.prepare(2, model._head_input())
     asked: list[list[bool]] = []
     original = torch.ops.fastprompt.packed_prompt_attention_backward
 
@@ -249,7 +192,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.fastprompt, "packed_prompt_attention_backward", Spy(), raising=False)
-        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context()).sum().backward()
+        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context())[0].sum().backward()
     assert asked == [[False, True, True, False]]
 
 
@@ -277,7 +220,6 @@ def test_empty_batch_gives_empty_logits() -> None:
 
 
 def test_every_family_of_the_table_was_tried() -> None:
-    refused = [n for n, f in FAMILIES.items() if f.present and not f.prompts]
-    for name in refused:
+    for name in set(PRESENT) - set(PROMPTABLE):
         with pytest.raises(NotImplementedError, match="NaFlexVit"):
             fastprompt.get_prompt_model(small(name), VPTConfig(3))

@@ -239,7 +239,7 @@ def _forward_eager(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> t
         scores = torch.cat([scores, torch.matmul(query, prompt_rows.mT)], dim=-1)
     scores = scores.to(wide)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_().to(query.dtype)
+    weights = scores.softmax(-1).to(query.dtype)  # exp(scores - lse) has the rounding of large scores
     context = torch.matmul(weights[..., :N], rows)
     if prompt_rows is not None:
         context += torch.matmul(weights[..., N:], prompt_rows)
@@ -267,7 +267,7 @@ def _backward_eager(
         products = torch.cat([products, torch.matmul(both, prompt_rows.mT)], dim=-1)
     scores, d_weights = products.to(lse.dtype).chunk(2, dim=1)
     if _needs_image_rows(needs):
-        # A softmax of these scores, not exp(scores - lse): large scores differ from the forward's by their rounding, and
+        # A softmax of these scores, not exp(scores - lse): they differ from the forward's by a rounding. Only
         # weights that sum to 1 give the score of a row that outweighs all others a gradient of 0.
         weights = scores.softmax(-1)
         delta = (weights * d_weights).sum(-1, keepdim=True)

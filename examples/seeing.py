@@ -20,6 +20,7 @@ import fastprompt
 from examples.digits.backbone import train_backbone
 from examples.digits.data import augment, digits
 from examples.digits.protocol import Backbone
+from fastprompt import viz
 from fastprompt.training import Batches, LabelledImages, evaluate, fit, split_per_class
 
 NEW = range(5, 10)

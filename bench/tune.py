@@ -69,9 +69,9 @@ def _attention(key: Key, B: int, widest: bool = False) -> Call:
 
 def _blend(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, "forward" or "backward", width)."""
-    _, kind, width = key
+    _, kind, width, _ = key
     case = ops.blend_case(B, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
-    return case, ops.FORWARD if kind == "forward" else ops.BOTH
+    return case, ops.FORWARD if kind == "fwd" else ops.BOTH
 
 
 def _folded(key: Key, B: int, widest: bool = False) -> Call:
@@ -80,9 +80,7 @@ def _folded(key: Key, B: int, widest: bool = False) -> Call:
     split = importlib.import_module("fastprompt.kernels.triton.prompt_cross_attention_config").split
     P = max(P for P in range(1, columns // 12 + 1) if split(12, P).total <= columns)
     case = ops.folded_norm_case if widest else ops.folded_case
-    return case(
-        128, 197, P, 12, 768, DTYPES[itemsize], "cuda"
-    ), ops.FORWARD if kernel == "forward" else ops.BOTH
+    return case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda"), ops.FORWARD if kernel == "fwd" else ops.BOTH
 
 
 def _row(key: Key, B: int, widest: bool = False) -> Call:
@@ -93,7 +91,7 @@ def _row(key: Key, B: int, widest: bool = False) -> Call:
     if widest:
         H, D = 8, size // 16 // 8 * 8
     case = ops.row_case(B, 247, H, D, DTYPES[itemsize], "cuda")
-    return case, ops.FORWARD if kernel == "forward" else ops.BOTH
+    return case, ops.FORWARD if kernel == "fwd" else ops.BOTH
 
 
 CALLS: dict[str, Callable[..., Call]] = {

@@ -368,7 +368,7 @@ def _method_slots(model: Any) -> dict[str, tuple[_Piece, ...]]:
     if method == "cvpt":
         return {"Prompt_Tokens": prompts(blocks)}
     if method == "da_vpt":
-        guided = model.method.guided
+        guided = model.guided
         return {
             "proxy_prompt_tokens": prompts(guided),
             "other_prompt_tokens": prompts(i for i in blocks if i not in guided),

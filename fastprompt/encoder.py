@@ -106,7 +106,7 @@ def _no_grid_reason(model: PromptModel) -> str | None:
             f"{type(embed).__name__} says nothing of its grid of patches (`dynamic_feat_size`), so that tokens cannot "
             "be laid out as a map; use a model with timm's PatchEmbed"
         )
-    if getattr(base.patch_drop, "prob", 0) > 0 and getattr(model.config, "backbone_train_mode", False):
+    if getattr(base.patch_drop, "prob", 0) > 0 and model.config.backbone_train_mode:
         return (
             f"patches are dropped in training (patch_drop_rate={base.patch_drop.prob} with backbone_train_mode=True), "
             "and what is left is no map; build the model with patch_drop_rate=0"

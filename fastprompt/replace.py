@@ -1,18 +1,20 @@
-"""`replace_attention(model)`: the attention of timm blocks by this package's kernels, instance by instance.
+"""Run the attention of timm models with this package's kernels, module by module.
 
-A replaced module keeps its identity, its parameters, buffers, hooks and state_dict keys; only its class changes, to a
-subclass whose `forward` runs the kernels. That survives `.to()`, `.half()`, `copy.deepcopy`, pickling, `torch.compile`
-and gradient checkpointing, and is undone by changing the class back.
+A replaced module stays the same object, with its parameters, buffers, hooks and state_dict keys. Only its class
+changes, to a subclass of timm's class whose `forward` runs the kernels. This works with `.to()`, `.half()`,
+`copy.deepcopy`, pickling, `torch.compile`, torch.fx and gradient checkpointing; changing the class back undoes it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import AttentionPoolLatent, AttentionRope
+from timm.layers import AttentionPoolLatent, AttentionRope, register_notrace_module
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolPrr
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
@@ -21,35 +23,91 @@ from timm.models.eva import Eva, EvaAttention
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.fx import GraphModule, Proxy
 
 from fastprompt import vit
 from fastprompt.ops import dispatch
+from fastprompt.refusals import class_path, is_refused, refusal
 
-# timm's models whose use of their blocks is known; blocks in a user's own module are taken as they are.
+# timm's models that call their blocks as the adapters assume; blocks in a user's own module are accepted.
 _OWNERS = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)
-_BACKEND, _OWN_PATH = "_fastprompt_backend", "_fastprompt_own_path"
+_BACKEND, _FALLBACKS = "_fastprompt_backend", "_fastprompt_fallbacks"
+
+
+def _timm_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
+    """Copy timm's `forward` under a second name: TorchScript compiles methods by name and does not know `super`."""
+    forward = cls.forward
+    return FunctionType(
+        forward.__code__, forward.__globals__, "timm_forward", forward.__defaults__, forward.__closure__
+    )
+
+
+@register_notrace_module
+class FastAttention(Attention):
+    """timm's `Attention` with this package's kernels; made by :func:`replace_attention`."""
+
+    timm_class: ClassVar[type[nn.Module]] = Attention
+    timm_forward = _timm_forward(Attention)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not torch.jit.is_scripting():
+            return _forward(self, x, None, attn_mask, is_causal)
+        return self.timm_forward(x, attn_mask, is_causal)
+
+
+@register_notrace_module
+class FastAttentionRope(AttentionRope):
+    """timm's `AttentionRope` with this package's kernels; made by :func:`replace_attention`."""
+
+    timm_class: ClassVar[type[nn.Module]] = AttentionRope
+    timm_forward = _timm_forward(AttentionRope)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if not torch.jit.is_scripting():
+            return _forward(self, x, rope, attn_mask, is_causal)
+        return self.timm_forward(x, rope, attn_mask, is_causal)
+
+
+@register_notrace_module
+class FastEvaAttention(EvaAttention):
+    """timm's `EvaAttention` with this package's kernels; made by :func:`replace_attention`."""
+
+    timm_class: ClassVar[type[nn.Module]] = EvaAttention
+    timm_forward = _timm_forward(EvaAttention)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if not torch.jit.is_scripting():
+            return _forward(self, x, rope, attn_mask, is_causal)
+        return self.timm_forward(x, rope, attn_mask, is_causal)
+
+
+_FAST = {cls.timm_class: cls for cls in (FastAttention, FastAttentionRope, FastEvaAttention)}
 
 
 def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """The replaced `forward`: kernels, or timm's own path, counted, for what they do not serve."""
-    reason = _own_path_reason(attn, attn_mask, is_causal)
+    """Run the kernels, or timm's `forward` for what they do not support, and count such calls."""
+    options = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    if isinstance(
+        x, Proxy
+    ):  # every torch.fx tracer records the module as one call, also those without timm's registry
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(attn), (x,), options)
+    reason = _fallback_reason(attn, attn_mask, is_causal)
     if reason is not None:
         if not torch.compiler.is_compiling():
-            getattr(attn, _OWN_PATH)[reason] += 1
-        options: dict[str, Any] = {"attn_mask": attn_mask}
-        if rope is not None:
-            options["rope"] = rope
-        if is_causal:
-            options["is_causal"] = True
-        return _original(attn).forward(attn, x, **options)
-    adapter = vit.ATTENTION[type(attn)]
+            getattr(attn, _FALLBACKS)[reason] += 1
+        return attn.timm_forward(x, **options)
     out = vit.self_attend(attn, x, rope=rope, backend=getattr(attn, _BACKEND))
-    return adapter.finish(attn, out, x)
+    return vit.attention_adapter(attn).finish(attn, out, x)
 
 
-def _own_path_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+def _fallback_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> str | None:
     if attn_mask is not None:
         return "an attention mask"
     if is_causal:
@@ -59,43 +117,9 @@ def _own_path_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> st
     return None
 
 
-class FastAttention(Attention):
-    """timm's `Attention`, run by fastprompt; made by :func:`replace_attention`."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return _forward(self, x, None, attn_mask, is_causal)
-
-
-class FastAttentionRope(AttentionRope):
-    """timm's `AttentionRope`, run by fastprompt; made by :func:`replace_attention`."""
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return _forward(self, x, rope, attn_mask, is_causal)
-
-
-class FastEvaAttention(EvaAttention):
-    """timm's `EvaAttention`, run by fastprompt; made by :func:`replace_attention`."""
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return _forward(self, x, rope, attn_mask, is_causal)
-
-
-_FAST: dict[type, type] = {
-    Attention: FastAttention,
-    AttentionRope: FastAttentionRope,
-    EvaAttention: FastEvaAttention,
-}
-_ORIGINAL = {fast: original for original, fast in _FAST.items()}
-vit.ATTENTION.update({fast: vit.ATTENTION[original] for original, fast in _FAST.items()})
-
-
 @dataclass(frozen=True)
 class Replacement:
-    """One attention module: its name in the model, its class, and the reason why it was skipped, None if it was not."""
+    """One attention module: its name in the model, its class, and why it was skipped (None if it was replaced)."""
 
     name: str
     cls: str
@@ -103,10 +127,10 @@ class Replacement:
 
 
 class ReplacementReport:
-    """What :func:`replace_attention` did, module by module; prints as a table.
+    """The result of :func:`replace_attention`; prints as a table.
 
     Attributes:
-        replaced, skipped: the `Replacement`s of each kind, in the model's order.
+        replaced, skipped: lists of `Replacement`, in the model's order.
     """
 
     def __init__(self, model: nn.Module, rows: list[Replacement]) -> None:
@@ -116,18 +140,20 @@ class ReplacementReport:
 
     @property
     def reason(self) -> str | None:
-        """Why nothing at all was replaced, or None if something was."""
+        """Why nothing was replaced, or None if something was."""
         if self.replaced:
             return None
         if not self.skipped:
-            return f"no attention modules were recognised in {vit.class_path(self._model)}"
+            reason = f"no attention modules were recognised in {class_path(self._model)}"
+            traced = any(isinstance(m, GraphModule | torch.jit.ScriptModule) for m in self._model.modules())
+            return f"{reason}; replace attention before tracing" if traced else reason
         return "; ".join(dict.fromkeys(r.reason for r in self.skipped if r.reason))
 
-    def own_path_calls(self) -> dict[str, int]:
-        """How many calls took timm's own path since the replacement, by reason; compiled calls are not counted."""
+    def fallback_calls(self) -> dict[str, int]:
+        """Count the calls that ran timm's own `forward`, by reason; compiled calls are not counted."""
         calls: Counter[str] = Counter()
         for module in self._model.modules():
-            calls.update(getattr(module, _OWN_PATH, {}))
+            calls.update(getattr(module, _FALLBACKS, {}))
         return dict(calls)
 
     def __str__(self) -> str:
@@ -143,8 +169,9 @@ class ReplacementReport:
             lines += [
                 "  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in table
             ]
-        for reason, count in self.own_path_calls().items():
-            lines.append(f"{count} calls took timm's own path: {reason}")
+        calls = [f"{reason} ({count})" for reason, count in self.fallback_calls().items()]
+        if calls:
+            lines.append(f"calls of timm's own forward: {', '.join(calls)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -153,65 +180,67 @@ class ReplacementReport:
 def replace_attention(
     model: nn.Module, *, backend: str = dispatch.AUTO, strict: bool = False
 ) -> ReplacementReport:
-    """Run the self-attention of a timm model's blocks by this package's kernels; weights and state_dict keys are kept.
+    """Run the self-attention of timm blocks with this package's kernels; weights and state_dict keys are kept.
 
     Args:
-        model: a timm model, or any module that holds timm blocks.
-        backend: "auto", or the backend that has to serve every call (:func:`fastprompt.backends`).
-        strict: raise if anything would be skipped, or if there is nothing to replace.
+        model: a timm model, or any module that contains timm blocks.
+        backend: "auto", or the backend that runs every call (:func:`fastprompt.backends`).
+        strict: raise if any attention module would be skipped, or if there is none.
 
     Returns:
-        A report of what was replaced, and what was skipped and why. Replacing twice is harmless.
+        A report of the modules that were replaced and those that were skipped, with the reason. Modules that are
+        replaced already may be replaced again.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: `backend` is unknown.
-        NotImplementedError: `strict` and something would be skipped, or the named backend cannot serve attention here.
-        In each case before anything is changed.
+        NotImplementedError: the named backend has no attention here, or `strict` and a module would be skipped.
+        The model is unchanged in each case.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`replace_attention`: `model` must be an nn.Module; got {type(model).__name__}")
+    _check_model(model, "replace_attention")
     dispatch.check_name(backend, "replace_attention")
     if backend != dispatch.AUTO:
         reason = dispatch.why_missing("prompt_attention", backend)
         if reason is not None:
             raise NotImplementedError(
-                f"`replace_attention`: backend {backend!r} cannot serve attention: {reason}; use 'auto' or 'eager'"
+                f"`replace_attention`: backend {backend!r} does not support attention: {reason}; use 'auto' or 'eager'"
             )
     found = _attention_modules(model)
-    report = ReplacementReport(model, [Replacement(n, vit.class_path(m), r) for n, m, r in found])
+    report = ReplacementReport(model, [Replacement(n, class_path(m), r) for n, m, r in found])
     if strict and (report.skipped or not report.replaced):
         raise NotImplementedError(
             f"`replace_attention`: strict=True, and {report.reason or 'some modules would be skipped'}\n{report}\n"
-            "nothing was changed; use strict=False to replace what can be"
+            "nothing was changed; use strict=False to replace the supported modules only"
         )
     for _, module, reason in found:
         if reason is None:
-            attn: Any = module
-            attn.__class__ = _FAST.get(type(attn), type(attn))
-            setattr(attn, _BACKEND, backend)
-            setattr(attn, _OWN_PATH, Counter())
+            module.__class__ = _FAST[vit.timm_class(module)]
+            setattr(module, _BACKEND, backend)
+            setattr(module, _FALLBACKS, Counter())
     return report
 
 
 def restore_attention(model: nn.Module) -> int:
-    """Undo :func:`replace_attention`; returns the number of modules that were restored (0 if none was replaced)."""
-    restored = 0
-    for module in model.modules():
-        if type(module) in _ORIGINAL:
-            delattr(module, _BACKEND)
-            delattr(module, _OWN_PATH)
-            module.__class__ = _ORIGINAL[type(module)]
-            restored += 1
-    return restored
+    """Undo :func:`replace_attention`; return the number of restored modules."""
+    _check_model(model, "restore_attention")
+    replaced = [m for m in model.modules() if type(m) in _FAST.values()]
+    for module in replaced:
+        delattr(module, _BACKEND)
+        delattr(module, _FALLBACKS)
+        module.__class__ = vit.timm_class(module)
+    return len(replaced)
 
 
-def _original(attn: object) -> Any:
-    return _ORIGINAL[type(attn)]
+def _check_model(model: object, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`{caller}`: `model` must be an nn.Module; got {model!r:.80}; "
+            "pass the model itself, such as timm.create_model(...) returns"
+        )
 
 
 def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
-    """Each self-attention module of `model`: its name, itself, and why it cannot be replaced, or None."""
+    """List the self-attention modules of `model`: name, module, and why it cannot be replaced (None if it can)."""
     found: list[tuple[str, nn.Module, str | None]] = []
     modules = dict(model.named_modules())
     inside: set[int] = set()
@@ -224,16 +253,16 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str | Non
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Attention by class, or a block that is known for its own kind; heads that pool by attention are not.
+    """Return whether `module` is reported as attention; heads that pool by attention are not.
 
-    A class that is only called attention counts if it holds none: it may be a user's whole model.
+    An unknown class counts if its name says so and it contains no known attention: it may be a user's whole model.
     """
     if isinstance(module, _POOLS):
         return False
-    if type(module) in vit.ATTENTION or vit.is_refused(module):
+    if vit.timm_class(module) in vit.ATTENTION or is_refused(module):
         return True
     named = "attention" in type(module).__name__.lower()
-    return named and not any(type(m) in vit.ATTENTION for m in module.modules())
+    return named and not any(vit.timm_class(m) in vit.ATTENTION for m in module.modules())
 
 
 def _replacement_reason(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
@@ -243,15 +272,15 @@ def _replacement_reason(name: str, module: nn.Module, modules: dict[str, nn.Modu
     block_name = name.rpartition(".")[0]
     block = modules[block_name]
     if type(block) not in vit.BLOCKS:
-        return vit.refusal(block)
+        return refusal(block, vit.BLOCKS)
     owner = _owner(block_name, modules)
     if owner is not None and type(owner).__module__.startswith("timm.") and type(owner) not in _OWNERS:
-        return vit.refusal(owner)
+        return refusal(owner, _OWNERS)
     return None
 
 
 def _owner(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """The innermost module around `name` that is not a mere container."""
+    """Return the innermost module around `name` that is not a mere container."""
     while name:
         name = name.rpartition(".")[0]
         if type(modules[name]) not in _CONTAINERS:

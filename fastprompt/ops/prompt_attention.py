@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
+from fastprompt.ops import dispatch
+from fastprompt.ops.operator import (
     accumulation_dtype,
-    as_gradient,
     autocast,
     autocast_enabled,
-    define,
-    differentiate,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
 )
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -230,14 +230,14 @@ def _flops_backward(grad: Any, q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any
     )
 
 
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, Tensor? temperature, "
     "Tensor? prompt_index, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_fake,
     flops=_flops,
 )
 # `needs` says which of dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) somebody reads; the others are empty.
-_BACKWARD = define(
+_BACKWARD = define_operator(
     "prompt_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -268,8 +268,8 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     return (*wanted, None, None, None)
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 
 
@@ -426,8 +426,8 @@ def needs_image_keys(needs: Sequence[bool]) -> bool:
 
 
 def is_plain(q: Tensor, backend: str) -> bool:
-    """Whether attention without prompts is served by no kernel of ours, so that PyTorch's own is the shorter way."""
-    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.only_eager("prompt_attention")
+    """Return whether no kernel here runs attention without prompts, so that PyTorch's own takes the shorter way."""
+    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention", q)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -461,7 +461,7 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
         )
 
 
-triton_backend.serve("prompt_attention", "prompt_attention", "forward")
-triton_backend.serve("prompt_attention_backward", "prompt_attention", "backward")
+dispatch.register_triton("prompt_attention", "prompt_attention", "forward")
+dispatch.register_triton("prompt_attention_backward", "prompt_attention", "backward")
 dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
 dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)

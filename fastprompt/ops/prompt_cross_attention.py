@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastprompt.ops import dispatch
 from fastprompt.ops.folded_cross_attention import FoldedPrompts, folded_cross_attention
+from fastprompt.ops.operator import accumulation_dtype, autocast_enabled
 from fastprompt.ops.prompt_attention import prompt_attention
-from fastprompt.ops.registration import accumulation_dtype, autocast_enabled
 
 Form = Literal["auto", "folded", "direct"]
 
@@ -86,7 +86,7 @@ def prompt_cross_attention(
     if form == "auto":
         form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
     if form == "folded":
-        return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)
+        return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)[0]
     return direct_cross_attention(
         x, project_prompts(prompts, weights, H), weights, scale=scale, backend=backend
     )

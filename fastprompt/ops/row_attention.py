@@ -18,14 +18,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
+from fastprompt.ops import dispatch
+from fastprompt.ops.operator import (
     accumulation_dtype,
-    as_gradient,
     autocast,
     autocast_enabled,
-    define,
-    differentiate,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
 )
 
 
@@ -196,14 +196,14 @@ def _flops_backward(grad: Any, query: Any, rows: Any, prompt_rows: Any, *rest: A
     return 2 * B * M * D * products
 
 
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "folded_row_attention(Tensor query, Tensor rows, Tensor? prompt_rows, str backend) "
     "-> (Tensor context, Tensor lse)",
     fake=_fake,
     flops=_flops,
 )
 # `needs` says which of d(query), d(rows), d(prompt_rows) somebody reads; the others are empty.
-_BACKWARD = define(
+_BACKWARD = define_operator(
     "folded_row_attention_backward(Tensor grad, Tensor query, Tensor rows, Tensor? prompt_rows, Tensor context, "
     "Tensor lse, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
@@ -237,8 +237,8 @@ def _needs_image_rows(needs: Sequence[bool]) -> bool:
     return needs[0] or needs[1]
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
 
 
@@ -306,5 +306,5 @@ def _backward_eager(
 
 dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("folded_row_attention", "row_attention", "forward")
-triton_backend.serve("folded_row_attention_backward", "row_attention", "backward")
+dispatch.register_triton("folded_row_attention", "row_attention", "forward")
+dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")

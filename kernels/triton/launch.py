@@ -63,7 +63,7 @@ def _interpreter_fault() -> str | None:
     )
 
 
-def cannot_serve(tensor: Tensor) -> str | None:
+def unsupported(tensor: Tensor) -> str | None:
     """The reason why no kernel here takes `tensor`, for its device or dtype, or None."""
     if _target is not None:
         return None

@@ -39,7 +39,7 @@ def can_forward(q: Tensor, *args: Any) -> str | None:
     """The reason why the kernels do not serve q [B, Nq, H, d], or None."""
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"it serves head_dim up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    return launch.cannot_serve(q)
+    return launch.unsupported(q)
 
 
 def can_backward(

@@ -40,30 +40,30 @@ Key = tuple[int, str, int, int]
 # entry has are left to the library's products: each program reads both folded matrices out of L2, so that wide ones
 # cost more traffic than the scores that are saved.
 TABLE: dict[Key, Config] = {
-    (0, "forward", 512, 2): Config(128, 128, 128, 4, 1),
-    (0, "forward", 512, 4): Config(128, 128, 128, 4, 1),
-    (0, "backward", 512, 2): Config(128, 128, 128, 4, 1),
-    (0, "backward", 512, 4): Config(128, 128, 128, 4, 1),
-    (80, "forward", 128, 2): Config(64, 64, 64, 4, 3),
-    (80, "forward", 192, 2): Config(64, 32, 64, 8, 3),
-    (80, "forward", 128, 4): Config(16, 32, 64, 8, 2),
-    (80, "backward", 128, 2): Config(64, 64, 64, 4, 3),
-    (80, "backward", 192, 2): Config(64, 32, 64, 8, 3),
-    (80, "backward", 128, 4): Config(16, 32, 64, 4, 2),
-    (90, "forward", 192, 2): Config(64, 64, 64, 4, 3),
-    (90, "forward", 256, 2): Config(64, 64, 64, 4, 2),
-    (90, "forward", 288, 2): Config(64, 64, 64, 8, 2),
-    (90, "forward", 128, 4): Config(16, 32, 64, 8, 2),
-    (90, "backward", 128, 2): Config(64, 64, 64, 4, 3),
-    (90, "backward", 256, 2): Config(64, 64, 64, 8, 3),
-    (90, "backward", 288, 2): Config(64, 64, 64, 8, 2),
-    (90, "backward", 128, 4): Config(16, 32, 64, 4, 2),
-    (100, "forward", 192, 2): Config(64, 64, 64, 8, 2),
-    (100, "forward", 256, 2): Config(64, 64, 32, 8, 1),
-    (100, "forward", 128, 4): Config(16, 32, 64, 8, 2),
-    (100, "backward", 128, 2): Config(64, 64, 64, 4, 3),
-    (100, "backward", 256, 2): Config(64, 64, 64, 8, 2),
-    (100, "backward", 128, 4): Config(16, 32, 64, 4, 2),
+    (0, "fwd", 512, 2): Config(128, 128, 128, 4, 1),
+    (0, "fwd", 512, 4): Config(128, 128, 128, 4, 1),
+    (0, "bwd", 512, 2): Config(128, 128, 128, 4, 1),
+    (0, "bwd", 512, 4): Config(128, 128, 128, 4, 1),
+    (80, "fwd", 128, 2): Config(64, 64, 64, 4, 3),
+    (80, "fwd", 192, 2): Config(64, 32, 64, 8, 3),
+    (80, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    (80, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    (80, "bwd", 192, 2): Config(64, 32, 64, 8, 3),
+    (80, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
+    (90, "fwd", 192, 2): Config(64, 64, 64, 4, 3),
+    (90, "fwd", 256, 2): Config(64, 64, 64, 4, 2),
+    (90, "fwd", 288, 2): Config(64, 64, 64, 8, 2),
+    (90, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    (90, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    (90, "bwd", 256, 2): Config(64, 64, 64, 8, 3),
+    (90, "bwd", 288, 2): Config(64, 64, 64, 8, 2),
+    (90, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
+    (100, "fwd", 192, 2): Config(64, 64, 64, 8, 2),
+    (100, "fwd", 256, 2): Config(64, 64, 32, 8, 1),
+    (100, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    (100, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    (100, "bwd", 256, 2): Config(64, 64, 64, 8, 2),
+    (100, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
 }
 
 # A product needs so many rows of its second factor; a tile costs about as much as so many columns of padding.
@@ -86,7 +86,7 @@ def limit(architecture: int, itemsize: int) -> int:
     """The most columns that forward and backward both serve."""
     return min(
         max(columns for a, k, columns, size in TABLE if (a, k, size) == (architecture, kernel, itemsize))
-        for kernel in ("forward", "backward")
+        for kernel in ("fwd", "bwd")
     )
 
 

@@ -193,7 +193,7 @@ def can_forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> str 
     M, D = query.shape[1:]
     if M > MAX_QUERY_ROWS:
         return f"it serves up to {MAX_QUERY_ROWS} query rows an image (rows read times heads), not {M}"
-    reason = launch.cannot_serve(query)
+    reason = launch.unsupported(query)
     if reason is not None:
         return reason
     limit = largest(launch.architecture(query.device), query.element_size()) // _block_m(M)
@@ -211,7 +211,7 @@ def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Te
     query, rows, prompt_rows = _dense(query), _dense(rows), _prompts(rows, prompt_rows)
     context = torch.empty((B, M, D), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, M), dtype=torch.float32, device=query.device)
-    config = _config(query, "forward")
+    config = _config(query, "fwd")
     launch.launch(
         row_attention_fwd_kernel,
         (B,),
@@ -267,7 +267,7 @@ def backward(
     d_prompt = query.new_empty(
         (B, P, D) if need_prompt else 0, dtype=torch.float32 if shared else query.dtype
     )
-    config = _config(query, "backward")
+    config = _config(query, "bwd")
     both = need_query and (need_rows or need_prompt)
     # Each launch: does it make d(query), and does it make the gradients of the rows?
     launches = ((True, False), (False, True)) if both and not config.fused else ((need_query, True),)

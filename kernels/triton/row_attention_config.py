@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-Kernel = Literal["forward", "backward"]
+Kernel = Literal["fwd", "bwd"]
 # (architecture, kernel, size, bytes of an element)
 Key = tuple[int, Kernel, int, int]
 
@@ -34,38 +34,38 @@ class Config:
 # Architecture 80 serves cards with 99 KB of shared memory too. Sizes that are not here are refused: 4-byte elements
 # without TF32 run on no matrix unit, and large ones are left to cuBLAS.
 _AMPERE: dict[tuple[Kernel, int, int], Config] = {
-    ("forward", 4096, 2): Config(64, 64, 4, 2),
-    ("forward", 8192, 2): Config(32, 128, 8, 2),
-    ("forward", 12288, 2): Config(32, 128, 8, 2),
-    ("forward", 16384, 2): Config(16, 128, 8, 1),
-    ("backward", 4096, 2): Config(32, 64, 4, 1),
-    ("backward", 8192, 2): Config(32, 128, 8, 1),
-    ("backward", 12288, 2): Config(16, 128, 8, 1),
-    ("backward", 16384, 2): Config(16, 64, 8, 1),
-    ("forward", 4096, 4): Config(16, 64, 8, 1),
-    ("forward", 8192, 4): Config(16, 128, 8, 1),
-    ("backward", 4096, 4): Config(16, 64, 8, 1, fused=False),
-    ("backward", 8192, 4): Config(16, 64, 8, 1, fused=False),
+    ("fwd", 4096, 2): Config(64, 64, 4, 2),
+    ("fwd", 8192, 2): Config(32, 128, 8, 2),
+    ("fwd", 12288, 2): Config(32, 128, 8, 2),
+    ("fwd", 16384, 2): Config(16, 128, 8, 1),
+    ("bwd", 4096, 2): Config(32, 64, 4, 1),
+    ("bwd", 8192, 2): Config(32, 128, 8, 1),
+    ("bwd", 12288, 2): Config(16, 128, 8, 1),
+    ("bwd", 16384, 2): Config(16, 64, 8, 1),
+    ("fwd", 4096, 4): Config(16, 64, 8, 1),
+    ("fwd", 8192, 4): Config(16, 128, 8, 1),
+    ("bwd", 4096, 4): Config(16, 64, 8, 1, fused=False),
+    ("bwd", 8192, 4): Config(16, 64, 8, 1, fused=False),
 }
 _HOPPER: dict[tuple[Kernel, int, int], Config] = {
-    ("forward", 4096, 2): Config(64, 64, 4, 3),
-    ("forward", 8192, 2): Config(64, 128, 8, 2),
-    ("forward", 12288, 2): Config(32, 128, 8, 3),
-    ("forward", 16384, 2): Config(32, 128, 8, 3),
-    ("forward", 24576, 2): Config(32, 256, 8, 2),
-    ("backward", 4096, 2): Config(32, 64, 4, 2),
-    ("backward", 8192, 2): Config(32, 128, 8, 2),
-    ("backward", 12288, 2): Config(32, 128, 8, 2),
-    ("backward", 16384, 2): Config(16, 128, 8, 2),
-    ("backward", 24576, 2): Config(16, 128, 8, 1, fused=False),
-    ("forward", 4096, 4): Config(16, 64, 8, 2),
-    ("forward", 8192, 4): Config(16, 128, 8, 2),
-    ("backward", 4096, 4): Config(16, 64, 8, 1, fused=False),
-    ("backward", 8192, 4): Config(16, 64, 8, 1, fused=False),
+    ("fwd", 4096, 2): Config(64, 64, 4, 3),
+    ("fwd", 8192, 2): Config(64, 128, 8, 2),
+    ("fwd", 12288, 2): Config(32, 128, 8, 3),
+    ("fwd", 16384, 2): Config(32, 128, 8, 3),
+    ("fwd", 24576, 2): Config(32, 256, 8, 2),
+    ("bwd", 4096, 2): Config(32, 64, 4, 2),
+    ("bwd", 8192, 2): Config(32, 128, 8, 2),
+    ("bwd", 12288, 2): Config(32, 128, 8, 2),
+    ("bwd", 16384, 2): Config(16, 128, 8, 2),
+    ("bwd", 24576, 2): Config(16, 128, 8, 1, fused=False),
+    ("fwd", 4096, 4): Config(16, 64, 8, 2),
+    ("fwd", 8192, 4): Config(16, 128, 8, 2),
+    ("bwd", 4096, 4): Config(16, 64, 8, 1, fused=False),
+    ("bwd", 8192, 4): Config(16, 64, 8, 1, fused=False),
 }
 # For rows that start at no multiple of 16 bytes, of the least size alone: loading element by element takes registers.
 ELEMENTWISE = Config(16, 64, 8, 1, fused=False)
-_KERNELS: tuple[Kernel, ...] = ("forward", "backward")
+_KERNELS: tuple[Kernel, ...] = ("fwd", "bwd")
 TABLE: dict[Key, Config] = {
     **{(80, *key): config for key, config in _AMPERE.items()},
     **{(arch, *key): config for arch in (90, 100) for key, config in _HOPPER.items()},
@@ -92,5 +92,5 @@ def candidates(key: Key) -> list[Config]:
         for BLOCK_N, BLOCK_D, num_warps, num_stages, fused in product(
             (16, 32, 64), (64, 128, 256), (4, 8), (1, 2, 3), (True, False)
         )
-        if (fused or kernel == "backward") and BLOCK_N * BLOCK_D * itemsize <= 1 << 14
+        if (fused or kernel == "bwd") and BLOCK_N * BLOCK_D * itemsize <= 1 << 14
     ]

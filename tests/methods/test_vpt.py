@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastprompt
 from bench.papers import paper_model, trace
 from fastprompt import VPTConfig, backbone, blocks
+from fastprompt.config import Pool
 
 PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 1}}
 
@@ -28,7 +29,7 @@ def prompted(base: nn.Module, config: VPTConfig) -> Any:
 
 
 def pools_of(base: nn.Module) -> list[str]:
-    return [p for p in backbone.POOLS if backbone.pool_reason(base, p) is None]
+    return [p for p in get_args(Pool) if backbone.pool_reason(base, p) is None]
 
 
 def gradients(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -215,7 +216,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
     """Nothing before block 0 trains."""
     model = prompted(small("vit"), VPTConfig(3))
     x, ropes = backbone.embed(model.base, images())
-    state = model.method.prepare(model, 2, model._read)
+    state = model.prepare(2, model._head_input())
     asked: list[list[bool]] = []
     original = torch.ops.fastprompt.packed_prompt_attention_backward
 
@@ -226,7 +227,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.fastprompt, "packed_prompt_attention_backward", Spy(), raising=False)
-        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context()).sum().backward()
+        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context())[0].sum().backward()
     assert asked == [[False, True, True, False]]
 
 

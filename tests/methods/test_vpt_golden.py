@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastprompt
 from bench.papers import paper_model
-from fastprompt.methods import vpt
+from fastprompt import backbone
 
 CASES = golden_files.names("vpt_")
 SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
@@ -82,6 +82,7 @@ def test_prompts_fill_the_official_initial_interval() -> None:
 
 
 def test_strip_removes_the_carried_rows_only() -> None:
+    base: Any = golden_files.backbone(False)
     x = torch.arange(7.0).view(1, 7, 1)
-    assert vpt.strip(x, prefix=1, carried=3).flatten().tolist() == [0, 4, 5, 6]
-    assert vpt.strip(x, prefix=1, carried=0) is x
+    assert backbone.strip(base, x, carried=3).flatten().tolist() == [0, 4, 5, 6]
+    assert backbone.strip(base, x, carried=0) is x

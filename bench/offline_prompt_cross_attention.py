@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastprompt.kernels.triton import folded_cross_attention as kernels
 from fastprompt.kernels.triton import launch
-from fastprompt.kernels.triton import prompt_cross_attention as kernels
-from fastprompt.kernels.triton.prompt_cross_attention_config import limit, split
+from fastprompt.kernels.triton.folded_cross_attention_config import limit, split
 
 B, N, D = 64, 197, 768
 NO_NORM = (None, None, None)  # weight, bias, eps

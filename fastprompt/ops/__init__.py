@@ -1,4 +1,4 @@
-"""The operations: each file is the specification of one, its operator and its default implementation."""
+"""The operations. Each file holds the specification of one, its operator and its default implementation."""
 
 from fastprompt.ops.folded_cross_attention import (
     FoldedPrompts,

@@ -245,12 +245,12 @@ autocast(_OPERATOR, cast=(1, 2, 3, 4))
 
 # The backend `eager` --------------------------------------------------------------------------------------------
 #
-# PyTorch's CPU softmax is made for long rows: over [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4, the
-# passes below 0.6 and 0.5 (Xeon with AVX-512, one thread). Elsewhere it is one kernel instead of many.
+# PyTorch's CPU softmax is slow on short rows: over [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4, the
+# passes below 0.6 and 0.5 (Xeon with AVX-512, one thread). On other devices it is one kernel instead of many.
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """The softmax over the last dimension, in float32 or better inside."""
+    """Return the softmax over the last dimension, computed in float32 or better."""
     if logits.device.type != "cpu" or logits.shape[-1] == 0:
         return logits.softmax(-1)
     wide = logits.to(accumulation_dtype(logits.dtype))
@@ -259,7 +259,7 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of the logits from that of the weights."""
+    """Return the gradient of the logits from that of the weights."""
     if weights.device.type != "cpu":
         return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
     wide = accumulation_dtype(weights.dtype)
@@ -337,11 +337,11 @@ def _backward_eager(
 
 dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)
-# The products are large enough for the library, and every program of the fused kernel reads both matrices again: until
-# somebody has measured that it is faster, it serves those who name it.
+# Not automatic: the products are large enough for the library, every program of the fused kernel reads both matrices
+# again, and nobody has measured yet that it is faster.
 dispatch.register_triton(
-    "folded_cross_attention", "prompt_cross_attention", "forward", automatic=False, fuses_norm=True
+    "folded_cross_attention", "folded_cross_attention", "forward", automatic=False, fuses_norm=True
 )
 dispatch.register_triton(
-    "folded_cross_attention_backward", "prompt_cross_attention", "backward", automatic=False
+    "folded_cross_attention_backward", "folded_cross_attention", "backward", automatic=False
 )

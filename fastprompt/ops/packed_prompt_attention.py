@@ -1,7 +1,7 @@
-"""Prompt-augmented self-attention on packed queries, keys and values, as one projection makes them.
+"""Prompt-augmented self-attention on packed queries, keys and values, the output of one projection.
 
-The same as :func:`fastprompt.ops.prompt_attention` on the three parts of `qkv`. What differs is the gradient: it is
-written where it belongs, into one packed tensor, where three tensors would have to be copied into one.
+The same as :func:`fastprompt.ops.prompt_attention` on the three parts of `qkv`, but the gradient is written directly
+into one packed tensor; three tensors would have to be copied into one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def packed_prompt_attention(
     prompt_index: Tensor | None = None,
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """Attention of N tokens over themselves and prompts in one softmax.
+    """Return the attention of N tokens over themselves and prompts in one softmax.
 
     Args:
         qkv: [B, N, 3, H, d], what ``attn.qkv`` returns, unflattened; any strides.

@@ -1,7 +1,7 @@
 """Gated prompt blending, alone or with the LayerNorm that follows: one pass over the sequence, one row at a time.
 
-A program holds whole rows, so that mean and variance cost no second pass. Prompt rows differ from the others by one
-masked load. The backward leaves one number for each prompt row; without atomics, their sum is the same bits every run.
+A program holds whole rows, so that mean and variance need no second pass. Prompt rows differ from the others by one
+masked load. The backward writes one number for each prompt row; without atomics, their sum is the same bits every run.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton.gated_blend_config import MAX_WIDTH, choose
 
-# Sizes of a batch: a kernel for each of their divisibilities would be compiled to no purpose.
+# Sizes of a batch: no kernel is compiled for each of their divisibilities.
 _SIZES = ["count", "first", "span", "N", "start", "length"]
 
 
@@ -20,7 +20,7 @@ _SIZES = ["count", "first", "span", "N", "start", "length"]
 def _row_starts(p_base, i_b, i_n, stride_b, stride_n, ALIGNED: tl.constexpr):
     p_row = p_base + i_b.to(tl.int64) * stride_b + i_n.to(tl.int64) * stride_n
     if ALIGNED:
-        # A width of 1000 hides it, and without it loads are as narrow as one element.
+        # A width of 1000 hides the alignment; without it loads are as narrow as one element.
         p_row = tl.multiple_of(p_row, 16)
     return p_row  # [ROWS]
 
@@ -42,7 +42,7 @@ def gated_blend_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`count` rows [D] of x + delta, blended and, with NORM, normed."""
+    """Compute `count` rows [D] of x + delta, blended and, with NORM, normed."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -62,7 +62,7 @@ def gated_blend_fwd_kernel(
     tl.store(p_y + o_out, y, mask=mask)
 
     if NORM:
-        # Of the rounded y, which is what the next reader of y sees.
+        # Of the rounded y, which is what the next operation reads.
         y = y.to(tl.float32)
         mean = tl.sum(y, 1) / D
         y = tl.where(m_d[None, :], y - mean[:, None], 0.0)
@@ -86,7 +86,7 @@ def gated_blend_bwd_kernel(
     HAS_DY: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_GATE: tl.constexpr,
     NEED_INPUT: tl.constexpr, NEED_PROMPT: tl.constexpr, NEED_GATE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows first .. first+span of every image, `count` in all."""
+    """Compute the gradients of the rows first .. first+span of every image, `count` in all."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -212,7 +212,7 @@ def backward(
     d_prompt = like.new_empty((B, length, D) if need_prompt else 0)
     d_gate = like.new_empty(0) if gate is None else gate.new_empty(0)
     partial = like.new_empty(B * length if need_gate else 0, dtype=torch.float32)
-    # Where only prompts or gate train, no other row is read.
+    # Where only prompts or gate train, other rows are not read.
     first, span = (0, N) if need_input else (start, length)
     config = choose(launch.architecture(like.device), "bwd", D, norm=grad_normed is not None)
     launch.launch(

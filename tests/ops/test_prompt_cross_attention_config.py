@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
-from fastprompt.kernels.triton import prompt_cross_attention_config as config
-from fastprompt.kernels.triton.prompt_cross_attention_config import Columns, split
+from fastprompt.kernels.triton import folded_cross_attention_config as config
+from fastprompt.kernels.triton.folded_cross_attention_config import Columns, split
 
 KERNELS = ("fwd", "bwd")
 

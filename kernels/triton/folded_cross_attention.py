@@ -1,4 +1,4 @@
-"""Folded cross-attention: launchers. What is summed over all rows (gradients of prompts) is left to the library."""
+"""Launchers of folded cross-attention. Sums over all rows (gradients of prompts) are left to the library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastprompt.kernels.triton import folded_cross_attention_config as config
 from fastprompt.kernels.triton import launch
-from fastprompt.kernels.triton import prompt_cross_attention_config as config
-from fastprompt.kernels.triton.gated_blend import unsupported_width
-from fastprompt.kernels.triton.prompt_cross_attention_kernels import (
+from fastprompt.kernels.triton.folded_cross_attention_kernels import (
     folded_cross_attention_bwd_kernel,
     folded_cross_attention_fwd_kernel,
 )
+from fastprompt.kernels.triton.gated_blend import unsupported_width
 
 
 def can_forward(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, *rest: object) -> str | None:
@@ -95,7 +95,7 @@ def can_backward(
     residual: bool,
     needs: list[bool],
 ) -> str | None:
-    """The reason why :func:`backward` cannot serve these arguments, or None."""
+    """Return why :func:`backward` cannot run these arguments, or None."""
     reason = launch.unsupported(grad)
     if reason is None and weights is not None:
         reason = launch.unsupported(weights)
@@ -111,9 +111,10 @@ def backward(
     residual: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores' gradients and dx by the kernel; what is summed over all rows by the library, in a fixed order.
+    """Return the gradients of x, key, bias, value and out_bias; those that `needs` does not ask for are empty.
 
-    Its products read each operand once, at the speed of memory; a kernel here would read the same bytes.
+    The kernel computes the scores' gradients and dx, the library, in a fixed order, what is summed over all rows: its
+    products read each operand once, at the speed of memory, and a kernel here would read the same bytes.
     """
     dx, d_key, d_bias, d_value, d_out_bias = (grad.new_empty(0) for _ in range(5))
     rows = grad.flatten(0, 1)
@@ -165,11 +166,11 @@ def _too_wide(folded: Tensor) -> str | None:
     total = config.split(H, P).total
     most = config.limit(launch.architecture(folded.device), folded.element_size())
     if total > most:
-        return f"{H} heads of {P} prompts fill {total} columns, and a program has room for {most} of {folded.dtype}"
+        return f"{H} heads of {P} prompts, {total} columns of {folded.dtype}, are not supported (up to {most} columns)"
     return None
 
 
-def _launch(kernel: Any, name: str, rows: Tensor, folded: Tensor, **arguments: Any) -> None:
+def _launch(kernel: Any, name: config.Kernel, rows: Tensor, folded: Tensor, **arguments: Any) -> None:
     """Launch over the rows of [B, N, D], with the tiles and sizes for the matrices `folded` [H, P, D]."""
     B, N, _ = rows.shape
     H, P, _ = folded.shape

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastprompt import vit
-from fastprompt.blocks import Span, select
+from fastprompt.blocks import Span, attention_of, select
 from fastprompt.config import Pool
 from fastprompt.ops.operator import autocast_enabled
 from fastprompt.refusals import class_path, refusal
@@ -40,6 +40,18 @@ def model_reason(model: nn.Module) -> str | None:
         reason = vit.prompt_reason(block)
         if reason is not None:
             return f"blocks.{i}: {reason}"
+    return None
+
+
+def attention_dropout_reason(model: Backbone) -> str | None:
+    """Return why the blocks of `model` cannot be in train mode, or None."""
+    for i, block in enumerate(blocks_of(model)):
+        probability = attention_of(block).attn_drop.p
+        if probability > 0:
+            return (
+                f"blocks.{i}: attention dropout {probability} would be active with backbone_train_mode=True and is not "
+                "supported; build the model with attn_drop_rate=0"
+            )
     return None
 
 
@@ -94,7 +106,8 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
             "convert and normalise them as the model was trained (`images.float() / 255`, then mean and std)"
         )
     embed = model.patch_embed
-    weight = next(embed.parameters(), None)
+    proj = embed.proj if isinstance(embed, PatchEmbed) else None
+    weight = proj.weight if isinstance(proj, nn.Conv2d) else next(embed.parameters(), None)
     if type(weight) is nn.Parameter:  # not a sharded or wrapped one, which is converted when it is used
         if images.device != weight.device and weight.device.type != "meta":
             raise ValueError(
@@ -108,9 +121,9 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
             )
     if not isinstance(embed, PatchEmbed):
         return
-    if isinstance(embed.proj, nn.Conv2d) and shape[1] != embed.proj.in_channels:
+    if isinstance(proj, nn.Conv2d) and shape[1] != proj.in_channels:
         raise ValueError(
-            f"`{caller}`: `images` must have {embed.proj.in_channels} channels, [B, C, h, w]; got {shape}; "
+            f"`{caller}`: `images` must have {proj.in_channels} channels, [B, C, h, w]; got {shape}; "
             f"move channels to dimension 1, or build the timm model with in_chans={shape[1]}"
         )
     height, width = shape[2:]

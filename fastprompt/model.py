@@ -8,7 +8,6 @@ from torch import nn
 
 from fastprompt import backbone
 from fastprompt.backbone import Backbone
-from fastprompt.blocks import attention_of
 from fastprompt.config import PromptConfig
 from fastprompt.methods import MODELS, FoldedPromptModel, PromptModel, PromptOutput
 
@@ -45,21 +44,10 @@ def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool 
     reason = backbone.model_reason(model)
     base = cast(Backbone, model)
     if reason is None and config.backbone_train_mode:
-        reason = _attention_dropout_reason(base)
+        reason = backbone.attention_dropout_reason(base)
     if reason is None:
         reason = backbone.pool_reason(base, config.pool)
         reason = None if reason is None else f"pool={config.pool!r} is not supported: {reason}"
     if reason is not None:
         raise NotImplementedError(f"`get_prompt_model`: {reason}")
     return MODELS[type(config)](base, config, shortcuts=shortcuts)
-
-
-def _attention_dropout_reason(base: Backbone) -> str | None:
-    for i, block in enumerate(backbone.blocks_of(base)):
-        probability = attention_of(block).attn_drop.p
-        if probability > 0:
-            return (
-                f"blocks.{i}: attention dropout {probability} would be active with "
-                "backbone_train_mode=True and is not supported; build the model with attn_drop_rate=0"
-            )
-    return None

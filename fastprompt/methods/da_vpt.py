@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt import backbone, vit
+from fastprompt import backbone, blocks, vit
 from fastprompt.backbone import Backbone, HeadInput
 from fastprompt.config import DAVPTConfig, PromptConfig
 from fastprompt.methods.base import PromptOutput

@@ -5,6 +5,7 @@ Proxy-Anchor (Kim et al., CVPR 2020) and Proxy-NCA in the form of DA-VPT's offic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -17,7 +18,8 @@ from fastprompt.ops.operator import accumulation_dtype
 def similarities(features: Tensor, proxies: Tensor, scale: float) -> Tensor:
     """Return the scaled cosines [B, P] of features [B, D] and proxies [P, D], in float32 or better."""
     wide = accumulation_dtype(torch.promote_types(features.dtype, proxies.dtype))
-    with torch.autocast(features.device.type, enabled=False):
+    # The meta device has no autocast.
+    with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
         return F.normalize(features.to(wide), dim=-1) @ (scale * F.normalize(proxies.to(wide), dim=-1)).mT
 
 

@@ -13,12 +13,18 @@ import pytest
 import timm
 import torch
 from timm.layers import set_scriptable
-from timm.models import FeatureGraphNet, create_feature_extractor, get_graph_node_names
+from timm.models import (
+    FeatureGraphNet,
+    create_feature_extractor,
+    get_graph_node_names,
+    is_notrace_module,
+)
 from timm_families import CLASSES, DEPTH, gradients, images, prepare
 from torch import nn
 
 from bench.correctness import assert_same
 from fastprompt import replace_attention
+from fastprompt.replace import FastAttention, FastAttentionRope, FastEvaAttention
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 4, "depth": DEPTH}
 NAFLEX = "naflexvit_base_patch16_gap"
@@ -100,9 +106,17 @@ def test_model_forward_intermediates(name: str) -> None:
     x = images()
     expected = theirs.forward_intermediates(x)
     assert_same(ours.forward_intermediates(x), expected)
+
+
+@pytest.mark.parametrize("name", VITS)  # timm 1.0.26 prunes no NaFlexViT
+def test_model_prune_intermediate_layers(name: str) -> None:
+    theirs, ours = pair(name)
     assert ours.prune_intermediate_layers(indices=[0]) == [0]
     assert len(ours.blocks) == 1
-    assert_same(ours.forward_intermediates(x, indices=[0], intermediates_only=True)[0], expected[1][0])
+    options: dict[str, Any] = {"indices": [0], "intermediates_only": True}
+    assert_same(
+        ours.forward_intermediates(images(), **options), theirs.forward_intermediates(images(), **options)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,6 +126,11 @@ def test_model_forward_fx(name: str) -> None:
     leaves = [n.target for n in traced.graph.nodes if n.op == "call_module" and n.target.endswith("attn")]
     assert leaves == [f"blocks.{i}.attn" for i in range(DEPTH)]
     assert_same(traced(images())["output"], theirs(images()))
+
+
+@pytest.mark.parametrize("cls", [FastAttention, FastAttentionRope, FastEvaAttention])
+def test_timm_knows_the_replaced_classes_as_leaves(cls: type[nn.Module]) -> None:
+    assert is_notrace_module(cls)
 
 
 @pytest.mark.parametrize("name", MODELS)

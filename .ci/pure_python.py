@@ -17,8 +17,8 @@ if native.load() is None:
 
 x, delta, prompts = torch.randn(2, 7, 16), torch.randn(2, 7, 16), torch.randn(2, 3, 16)
 gate = torch.tensor(0.3)
-blended = ops.gated_blend(x, delta, prompts, gate, 1, 3)
-torch.testing.assert_close(blended, ops.gated_blend_reference(x, delta, prompts, gate, 1, 3))
+blended = ops.gated_blend(x, delta, prompts, gate, 1, 3)[0]
+torch.testing.assert_close(blended, ops.gated_blend_reference(x, delta, prompts, gate, 1, 3)[0])
 
 backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
 model = fastprompt.get_prompt_model(backbone, fastprompt.VPTConfig(num_prompts=2))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import triton
 
+from bench.offline_compile import Compiled, compiling
 from bench.sass import Machine, read
 from fastprompt.kernels.triton import launch
 
@@ -56,7 +57,9 @@ class Row:
 
 def modules() -> list[str]:
     """The modules `bench.offline_<operation>`, each with what to compile of its operation."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("offline_*.py"))
+    return sorted(
+        path.stem for path in Path(__file__).parent.glob("offline_*.py") if path.stem != "offline_compile"
+    )
 
 
 def compile_all(arch: int, names: list[str], only: str = "", entries: bool = False) -> Iterator[Row]:
@@ -66,7 +69,7 @@ def compile_all(arch: int, names: list[str], only: str = "", entries: bool = Fal
     """
     seen: set[tuple[object, ...]] = set()
     for module in names:
-        with launch.compiling(arch) as compiled:
+        with compiling(arch) as compiled:
             found_in = importlib.import_module(f"bench.{module}")
             for shape, call in chain(found_in.entries(), () if entries else found_in.variants()):
                 call()
@@ -91,12 +94,12 @@ def compile_all(arch: int, names: list[str], only: str = "", entries: bool = Fal
                 compiled.clear()
 
 
-def _dtype(found: launch.Compiled) -> str:
+def _dtype(found: Compiled) -> str:
     """What the kernel's first pointer points to: its input's dtype."""
     return next(kind[1:] for kind in found.kernel.src.signature.values() if kind.startswith("*"))
 
 
-def _slow_products(arch: int, found: launch.Compiled, machine: Machine) -> str | None:
+def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
     """Warp-level products where the architecture has better ones: only tiles of fewer than 64 rows may use them."""
     if arch == 90 and machine.matrix.get("HMMA") and "HGMMA" not in machine.matrix:
         return (

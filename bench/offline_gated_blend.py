@@ -18,33 +18,26 @@ EPS = 1e-6
 
 
 def entries() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each entry of the table in each dtype, with the norm."""
+    """Yield a name and a call for each entry of the table in each dtype: with the norm, in bfloat16 without too."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D in WIDTHS:
-            name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}, norm"
-            yield name, partial(kernels.norm_forward, *_blend(D, dtype), *_affine(D, dtype), EPS)
-            yield name, partial(kernels.norm_backward, *_norm_gradient(D, dtype), True, True, True)
+            name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}"
+            yield f"{name}, norm", partial(kernels.forward, *_blend(D, dtype), *_affine(D, dtype), EPS)
+            yield f"{name}, norm", partial(kernels.backward, *_gradient(D, dtype, norm=True), [True] * 3)
+            if dtype == torch.bfloat16:
+                yield name, partial(kernels.forward, *_blend(D, dtype), None, None, None)
+                yield name, partial(kernels.backward, *_gradient(D, dtype, norm=False), [True] * 3)
 
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """In bfloat16: without the norm, without a gate, for prompts and gate alone, and of rows odd in size."""
+    """Yield, in bfloat16: the norm's gradient alone, prompts and gate alone, and rows odd in size."""
     dtype = torch.bfloat16
-    for D in WIDTHS:
-        name = f"[{B}, {N}, {D}] {str(dtype).removeprefix('torch.')}"
-        yield name, partial(kernels.forward, *_blend(D, dtype))
-        yield name, partial(kernels.backward, *_gradient(D, dtype), True, True, True)
-    D = 768
-    x, delta, *_ = _blend(D, dtype)
-    plain = (x, delta, _meta((B, 0, D), dtype), None, 0, 0)
-    yield "no gate, norm", partial(kernels.norm_forward, *plain, *_affine(D, dtype), EPS)
-    y, normed, *saved = _norm_gradient(D, dtype)
-    yield (
-        "no gate, norm",
-        partial(kernels.norm_backward, y, normed, *saved[:4], None, None, 0, 0, True, False, False),
-    )
-    yield "prompts alone", partial(kernels.backward, *_gradient(D, dtype), False, True, True)
-    yield "width 1000, norm", partial(kernels.norm_forward, *_blend(1000, dtype), *_affine(1000, dtype), EPS)
-    yield "width 1000, norm", partial(kernels.norm_backward, *_norm_gradient(1000, dtype), True, True, True)
+    of_norm = _gradient(768, dtype, norm=True)[:6]
+    yield "no gate, norm", partial(kernels.backward, *of_norm, None, None, 0, 0, [True, False, False])
+    of_blend = _gradient(768, dtype, norm=False)
+    yield "prompts alone", partial(kernels.backward, *of_blend, [False, True, True])
+    yield "width 1000, norm", partial(kernels.forward, *_blend(1000, dtype), *_affine(1000, dtype), EPS)
+    yield "width 1000, norm", partial(kernels.backward, *_gradient(1000, dtype, norm=True), [True] * 3)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -65,12 +58,9 @@ def _affine(D: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return _meta((D,), dtype), _meta((D,), dtype)
 
 
-def _gradient(D: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    return _meta((B, N, D), dtype), _gate(), _meta((B, LENGTH, D), dtype), START, LENGTH
-
-
-def _norm_gradient(D: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def _gradient(D: int, dtype: torch.dtype, norm: bool) -> tuple[Any, ...]:
+    """What the backward takes but `needs`."""
     grad_y, grad_normed, y = (_meta((B, N, D), dtype) for _ in range(3))
     mean, rstd = (_meta((B, N), torch.float32) for _ in range(2))
-    grad, gate, difference, start, length = _gradient(D, dtype)
-    return grad_y, grad_normed, y, mean, rstd, _affine(D, dtype)[0], gate, difference, start, length
+    of_norm = (grad_normed, y, mean, rstd, _affine(D, dtype)[0]) if norm else (None,) * 5
+    return grad_y, *of_norm, _gate(), _meta((B, LENGTH, D), dtype), START, LENGTH

@@ -329,7 +329,7 @@ def blend_case(B: int, N: int, P: int, D: int, dtype: torch.dtype, device: str) 
         }
 
     def blend(backend: str, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor) -> Tensor:
-        return ops.gated_blend(x, delta, prompt_in, gate, 1, P, backend=backend)
+        return ops.gated_blend(x, delta, prompt_in, gate, 1, P, backend=backend)[0]
 
     plain = partial(baselines.blend, start=1)
     return Case(
@@ -355,12 +355,12 @@ def blend_norm_case(B: int, N: int, P: int, D: int, dtype: torch.dtype, device: 
         gate = torch.rand((), device=device, dtype=dtype)
         return {"x": x, "delta": delta, "prompt_in": prompts, "gate": gate, "weight": weight, "bias": bias}
 
-    fused = getattr(ops, "gated_blend_norm", None)
-
     def ours(
         backend: str, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, weight: Tensor, bias: Tensor
     ) -> Any:
-        return fused(x, delta, prompt_in, gate, 1, P, weight, bias, 1e-6, backend=backend)  # type: ignore[misc]
+        return ops.gated_blend(
+            x, delta, prompt_in, gate, 1, P, norm=ops.Norm(weight, bias, 1e-6), backend=backend
+        )
 
     plain = partial(baselines.blend_norm, start=1)
     return Case(
@@ -369,15 +369,16 @@ def blend_norm_case(B: int, N: int, P: int, D: int, dtype: torch.dtype, device: 
         dtype,
         draw,
         plain,
-        {}
-        if fused is None
-        else {f"fastprompt {name}": partial(ours, name) for name in backends("gated_blend_norm", device)},
+        {
+            f"fastprompt {name}": partial(ours, name)
+            for name in backends("gated_blend", device)
+            if name != "cpu"
+        },
         {"eager": plain, **_compiled(plain, device)},
         roofline.gated_blend_norm(B, N, P, D, itemsize=dtype.itemsize),
         roofline.gated_blend_norm_backward(B, N, P, D, itemsize=dtype.itemsize),
         frozen=("weight", "bias"),
         spread={"gate": (B, P, D)},
-        notes=[] if fused else ["gated_blend_norm: this version of fastprompt has no such operation"],
     )
 
 
@@ -392,7 +393,7 @@ def folded_case(B: int, N: int, P: int, H: int, D: int, dtype: torch.dtype, devi
         return {name: t.to(dtype) for name, t in named.items()}
 
     def ours(backend: str, x: Tensor, **prompts: Tensor) -> Tensor:
-        return ops.folded_cross_attention(x, ops.FoldedPrompts(**prompts), residual=True, backend=backend)
+        return ops.folded_cross_attention(x, ops.FoldedPrompts(**prompts), residual=True, backend=backend)[0]
 
     return Case(
         "folded_cross_attention",
@@ -418,7 +419,8 @@ def folded_norm_case(B: int, N: int, P: int, H: int, D: int, dtype: torch.dtype,
 
     def ours(backend: str, x: Tensor, weight: Tensor, norm_bias: Tensor, **prompts: Tensor) -> Any:
         folded = ops.FoldedPrompts(**prompts)
-        return ops.folded_cross_attention_norm(x, folded, weight, norm_bias, 1e-6, backend=backend)
+        norm = ops.Norm(weight, norm_bias, 1e-6)
+        return ops.folded_cross_attention(x, folded, residual=True, norm=norm, backend=backend)
 
     name = "folded_cross_attention_norm"
     norm = roofline.gated_blend_norm_backward(B, N, 0, D, itemsize=dtype.itemsize)
@@ -427,7 +429,7 @@ def folded_norm_case(B: int, N: int, P: int, H: int, D: int, dtype: torch.dtype,
         suite=name,
         draw=draw,
         exact=baselines.folded_norm,
-        ours={f"fastprompt {backend}": partial(ours, backend) for backend in backends(name, device)},
+        ours={f"fastprompt {backend}": partial(ours, backend) for backend in backends(alone.suite, device)},
         others={"eager": baselines.folded_norm, **_compiled(baselines.folded_norm, device)},
         work=roofline.folded_norm(B, N, P, H, D, itemsize=dtype.itemsize),
         work_backward=replace(alone.work_backward, bytes=alone.work_backward.bytes + norm.bytes),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from fastprompt.kernels.triton.launch import Compiled
+from bench.offline_compile import Compiled
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may have, by compute capability; the table of 8.0 serves 8.6, 8.9 and 12.0 too.

@@ -55,12 +55,12 @@ TIMED, JUDGED = 128, 16  # images; float64's results of 128 for each process wou
 
 
 def _attention(key: Key, B: int, widest: bool = False) -> Call:
-    """(architecture, kernel, widest head_dim, length, bits): the shapes that models have there."""
-    _, kernel, d, length, bits = key
+    """(architecture, kernel, widest head_dim, length, itemsize): the shapes that models have there."""
+    _, kernel, d, length, itemsize = key
     N, P = {"short": (197, 50), "long": (577, 50), "one": (197, 50)}[length]
     B = B // 2 if length == "long" else B
     head_dim = d if widest or d == 64 else 80
-    case = ops.attention_case(B, N, P, 12, head_dim, DTYPES[bits // 8], "cuda")
+    case = ops.attention_case(B, N, P, 12, head_dim, DTYPES[itemsize], "cuda")
     if length == "one":
         draw = case.draw
         case.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
@@ -69,20 +69,18 @@ def _attention(key: Key, B: int, widest: bool = False) -> Call:
 
 def _blend(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, "forward" or "backward", width)."""
-    _, kind, width = key
+    _, kind, width, _ = key
     case = ops.blend_case(B, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
-    return case, ops.FORWARD if kind == "forward" else ops.BOTH
+    return case, ops.FORWARD if kind == "fwd" else ops.BOTH
 
 
 def _folded(key: Key, B: int, widest: bool = False) -> Call:
     """(architecture, kernel, most columns, itemsize): as many prompts as the columns hold, ViT-B's heads."""
     _, kernel, columns, itemsize = key
-    split = importlib.import_module("fastprompt.kernels.triton.prompt_cross_attention_config").split
+    split = importlib.import_module("fastprompt.kernels.triton.folded_cross_attention_config").split
     P = max(P for P in range(1, columns // 12 + 1) if split(12, P).total <= columns)
     case = ops.folded_norm_case if widest else ops.folded_case
-    return case(
-        128, 197, P, 12, 768, DTYPES[itemsize], "cuda"
-    ), ops.FORWARD if kernel == "forward" else ops.BOTH
+    return case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda"), ops.FORWARD if kernel == "fwd" else ops.BOTH
 
 
 def _row(key: Key, B: int, widest: bool = False) -> Call:
@@ -93,13 +91,13 @@ def _row(key: Key, B: int, widest: bool = False) -> Call:
     if widest:
         H, D = 8, size // 16 // 8 * 8
     case = ops.row_case(B, 247, H, D, DTYPES[itemsize], "cuda")
-    return case, ops.FORWARD if kernel == "forward" else ops.BOTH
+    return case, ops.FORWARD if kernel == "fwd" else ops.BOTH
 
 
 CALLS: dict[str, Callable[..., Call]] = {
     "prompt_attention": _attention,
     "gated_blend": _blend,
-    "prompt_cross_attention": _folded,
+    "folded_cross_attention": _folded,
     "row_attention": _row,
 }
 
@@ -256,7 +254,7 @@ def _value_of_table(path: Path, text: str) -> ast.expr:
 
 def order(key: Key) -> tuple[bool, bool]:
     """What most calls reach first: the 16-bit kernels, of attention the backward that most training steps run."""
-    return (4 in key or 32 in key, "bwd" not in key)
+    return (4 in key, "bwd" not in key)
 
 
 def tune(operation: str, minutes: float, only: str, workers: int, save: Callable[[Table], None]) -> Table:

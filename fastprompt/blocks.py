@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from fastprompt import vit
 from fastprompt.ops import (
     FoldedPrompts,
+    Norm,
     ProjectedPrompts,
     direct_cross_attention,
     folded_cross_attention,
-    folded_cross_attention_norm,
     gated_blend,
-    gated_blend_norm,
     row_attention,
 )
-from fastprompt.ops.dispatch import is_fused
+from fastprompt.ops.dispatch import has_fused_kernel
 
 Span = tuple[int, int]
 
@@ -97,12 +96,11 @@ def run_gated(
     entered = x.narrow(1, context.prefix, context.carried)
     x, normed = _attention(block, x, prompts, context)
     delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
-    blend: Any = (x, delta, entered, context.gate, context.prefix, context.carried)
-    norm = None if following is None else _frozen_norm(following, "norm1")
-    if norm is None or not is_fused("gated_blend_norm", x):
-        return gated_blend(*blend), None
-    affine: Any = (norm.weight, norm.bias, norm.eps)
-    return gated_blend_norm(*blend, *affine)
+    norm = None
+    if following is not None and has_fused_kernel("gated_blend", x):
+        norm = _frozen_norm(following, "norm1")
+    gate: Any = context.gate
+    return gated_blend(x, delta, entered, gate, context.prefix, context.carried, norm=norm)
 
 
 def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, context: Context) -> Tensor:
@@ -167,8 +165,8 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
-def _frozen_norm(block: Any, name: str) -> Any:
-    """norm1 or norm2 of `block` if it is a LayerNorm before its branch that neither trains nor has hooks; else None."""
+def _frozen_norm(block: Any, name: str) -> Norm | None:
+    """Return norm1 or norm2 of `block` if it is a LayerNorm before its branch that neither trains nor has hooks."""
     norm = getattr(block, name)
     if isinstance(vit.adapters(block)[0], vit.ResPostBlockAdapter) or type(norm) not in (
         nn.LayerNorm,
@@ -180,7 +178,7 @@ def _frozen_norm(block: Any, name: str) -> Any:
     )
     if watched or getattr(norm, "_fast_norm", False) or any(p.requires_grad for p in norm.parameters()):
         return None
-    return norm
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _attention_input(block: Any, x: Tensor, context: Context) -> Tensor:
@@ -214,10 +212,9 @@ def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> tupl
     x = adapter.add_attention(block, x, out)
     if cross is None or cross.insert != 3:
         return x, None
-    if isinstance(cross.prompts, FoldedPrompts) and is_fused("folded_cross_attention_norm", x):
+    if isinstance(cross.prompts, FoldedPrompts) and has_fused_kernel("folded_cross_attention", x):
         norm = _frozen_norm(block, "norm2")
-        if norm is not None:
-            return folded_cross_attention_norm(x, cross.prompts, norm.weight, norm.bias, norm.eps)
+        return folded_cross_attention(x, cross.prompts, residual=True, norm=norm)
     return cross_attention(block, x, cross, residual=True), None
 
 
@@ -251,7 +248,7 @@ def cross_attention(block: Any, x: Tensor, cross: Cross, *, residual: bool = Fal
     With `residual`, x is added.
     """
     if isinstance(cross.prompts, FoldedPrompts):
-        return folded_cross_attention(x, cross.prompts, residual=residual)
+        return folded_cross_attention(x, cross.prompts, residual=residual)[0]
     weights = vit.adapters(block)[1].plain_weights(block.attn)
     out = direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
     return x + out if residual else out

@@ -20,7 +20,7 @@ from bench import report
 from fastprompt import PromptConfig, ops
 from fastprompt.kernels import native
 from fastprompt.kernels.triton import launch
-from fastprompt.ops import triton_backend
+from fastprompt.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,9 +75,9 @@ def one_thread() -> Iterator[None]:
 def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The pages show what a reader sees, whose kernels are not interpreted as those of the tests."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    triton_backend.missing.cache_clear()
+    dispatch.why_no_triton.cache_clear()
     yield
-    triton_backend.missing.cache_clear()
+    dispatch.why_no_triton.cache_clear()
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "```python" in (ROOT / n).read_text(encoding="utf-8")])

@@ -270,10 +270,11 @@ def test_a_missing_library_is_said_once_at_first_use(monkeypatch: pytest.MonkeyP
     from fastprompt.ops import dispatch, gated_blend
 
     said: list[str] = []
-    monkeypatch.setitem(dispatch._availability, "cpu", lambda: "not built")
-    monkeypatch.setitem(dispatch._missed, "cpu", lambda: said.append("missing"))
+    cpu = dispatch._backends["cpu"]
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "not built")
+    monkeypatch.setattr(cpu, "on_missed", lambda: said.append("missing"))
     x = torch.randn(1, 3, 4)
-    out = gated_blend(x, x, x[:, :1], torch.ones(1), 0, 1)
+    out = gated_blend(x, x, x[:, :1], torch.ones(1), 0, 1)[0]
     assert said == ["missing"]
     torch.testing.assert_close(out, x + x)
 

@@ -180,7 +180,7 @@ def test_unknown_backend() -> None:
 
 
 def test_missing_backend_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch._availability, "cuda", lambda: "no such library")
+    monkeypatch.setattr(dispatch._backends["cuda"], "why_unavailable", lambda: "no such library")
     model = small("vit")
     with pytest.raises(
         NotImplementedError, match="backend 'cuda' does not support attention: no such library"

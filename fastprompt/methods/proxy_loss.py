@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops.registration import accumulation_dtype
+from fastprompt.ops.operator import accumulation_dtype
 
 
 def similarities(features: Tensor, proxies: Tensor, scale: float) -> Tensor:

@@ -1,12 +1,12 @@
-"""The operations: each file is the specification of one, its operator and its default implementation."""
+"""The operations. Each file holds the specification of one, its operator and its default implementation."""
 
-from fastprompt.ops.folded_cross_attention import FoldedPrompts, folded_cross_attention
-from fastprompt.ops.folded_cross_attention_norm import (
-    folded_cross_attention_norm,
-    folded_cross_attention_norm_reference,
+from fastprompt.ops.folded_cross_attention import (
+    FoldedPrompts,
+    folded_cross_attention,
+    folded_cross_attention_reference,
 )
 from fastprompt.ops.gated_blend import gated_blend, gated_blend_reference
-from fastprompt.ops.gated_blend_norm import gated_blend_norm, gated_blend_norm_reference
+from fastprompt.ops.norm import Norm
 from fastprompt.ops.packed_prompt_attention import packed_prompt_attention
 from fastprompt.ops.prompt_attention import prompt_attention, prompt_attention_reference
 from fastprompt.ops.prompt_cross_attention import (
@@ -28,18 +28,16 @@ from fastprompt.ops.row_attention import (
 __all__ = [
     "AttentionWeights",
     "FoldedPrompts",
+    "Norm",
     "ProjectedPrompts",
     "choose_form",
     "direct_cross_attention",
     "fold_prompts",
     "folded_cross_attention",
-    "folded_cross_attention_norm",
-    "folded_cross_attention_norm_reference",
+    "folded_cross_attention_reference",
     "folded_row_attention",
     "folded_row_attention_reference",
     "gated_blend",
-    "gated_blend_norm",
-    "gated_blend_norm_reference",
     "gated_blend_reference",
     "packed_prompt_attention",
     "project_prompts",

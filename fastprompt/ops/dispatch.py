@@ -1,28 +1,32 @@
-"""Which backend serves a call, and, when asked, why the others do not.
+"""The backends, their kernels, and which of them runs a call.
 
-A backend is a set of implementations of the operations in this folder:
+A backend is a set of kernels for the operations in this folder:
 
 - ``triton``: Triton kernels, for CUDA tensors (and, under ``TRITON_INTERPRET=1``, CPU tensors).
 - ``cuda``:   C++/CUDA kernels of the compiled extension.
 - ``cpu``:    C++ kernels of the compiled extension, for CPU tensors.
-- ``eager``:  PyTorch's own operators; serves every device and is the fallback of ``auto``.
+- ``eager``:  PyTorch's own operators; supports every device and is the fallback of ``auto``.
 
-``auto`` takes the first backend of that list that can run the call, Triton's interpreter excepted, and kernels whose
-operation says that they have yet to prove faster. A backend asked for by name never falls back: it runs, or it raises
-with its reason. The request comes from, in this order, the ``backend``
-argument of an operation (or of :func:`fastprompt.replace_attention`), :func:`use_backend`, the variable
-``FASTPROMPT_BACKEND``.
+``auto`` takes the first backend of that list that can run the call, except for Triton's interpreter and for kernels
+registered as not automatic because they have yet to prove faster. A backend asked for by name never falls back: it runs
+the call or raises with its reason. The request is, in this order, the ``backend`` argument of an operation (or of
+:func:`fastprompt.replace_attention`), :func:`use_backend`, or the variable ``FASTPROMPT_BACKEND``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from fastprompt.kernels import native
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -31,29 +35,60 @@ AUTO = "auto"
 _request: str = os.environ.get("FASTPROMPT_BACKEND", AUTO).strip().lower() or AUTO
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """One operation on one backend: `run(*args)`, and `can_run(*args)`, the reason why it cannot, or None.
+@dataclass
+class Kernel:
+    """One operation on one backend.
 
-    One that is not `automatic` serves only those who name its backend.
+    Attributes:
+        run: run the operation.
+        can_run: for the same arguments, return why `run` cannot run them, or None.
+        automatic: "auto" may take it; otherwise it must be asked for by name.
+        fuses_norm: with a norm it is one pass over the sequence, not two.
     """
 
     run: Callable[..., Any]
     can_run: Callable[..., str | None]
     automatic: bool = True
+    fuses_norm: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Backend:
-    """One backend in this process: the `operations` it serves, or the `reason` why it serves nothing (else None)."""
+    """One backend in this process.
+
+    Attributes:
+        why_unavailable: return why it can run nothing in this process, or None.
+        is_automatic: return whether "auto" may take it.
+        on_missed: called when "auto" would have taken it, were it available.
+        kernels: by operation.
+    """
 
     name: str
-    reason: str | None
-    operations: tuple[str, ...]
+    why_unavailable: Callable[[], str | None]
+    is_automatic: Callable[[], bool] = lambda: True
+    on_missed: Callable[[], None] = lambda: None
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str | None:
+        return self.why_unavailable()
 
     @property
     def available(self) -> bool:
         return self.reason is None
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return tuple(self.kernels)
+
+    def automatic_kernel(self, operation: str) -> Kernel | None:
+        """Return the kernel for `operation` that "auto" may take, available or not."""
+        kernel = self.kernels.get(operation)
+        return kernel if kernel is not None and kernel.automatic and self.is_automatic() else None
+
+    def why_missing(self, operation: str) -> str | None:
+        """Return why it can run no call of `operation` in this process, or None."""
+        return self.reason or (None if operation in self.kernels else f"it has no kernel for `{operation}`")
 
 
 class BackendTable(tuple[Backend, ...]):
@@ -66,59 +101,17 @@ class BackendTable(tuple[Backend, ...]):
         )
 
 
-_implementations: dict[str, dict[str, Implementation]] = {}
-_availability: dict[str, Callable[[], str | None]] = {}
-_missed: dict[str, Callable[[], None]] = {}
-_automatic: dict[str, Callable[[], bool]] = {}
-
-
-def register(
-    operation: str,
-    backend: str,
-    run: Callable[..., Any],
-    can_run: Callable[..., str | None],
-    automatic: bool = True,
-) -> None:
-    """Add the implementation of `operation` on `backend`; called once by each kernel's launcher."""
-    _implementations.setdefault(operation, {})[backend] = Implementation(run, can_run, automatic)
-
-
-def register_availability(
-    backend: str,
-    reason: Callable[[], str | None],
-    missed: Callable[[], None] | None = None,
-    automatic: Callable[[], bool] | None = None,
-) -> None:
-    """Say how to find out whether `backend` works in this process at all: None, or the reason why not.
-
-    `missed` is called when "auto" would have taken the backend and it is not there. `automatic` says whether "auto" may
-    take it; without one, it may.
-    """
-    _availability[backend] = reason
-    if missed is not None:
-        _missed[backend] = missed
-    if automatic is not None:
-        _automatic[backend] = automatic
-
-
 def backends() -> BackendTable:
-    """The backends in order of preference, what each serves here, or the reason why it serves nothing."""
-    return BackendTable(
-        Backend(
-            name,
-            _unavailable(name),
-            tuple(op for op, by_backend in _implementations.items() if name in by_backend),
-        )
-        for name in BACKENDS
-    )
+    """Return the backends in order of preference, each with its operations or the reason why it is not available."""
+    return BackendTable(_backends.values())
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every operation by backend `name` inside the context ("auto" lifts an outer request).
+    """Run every operation inside the context by backend `name` ("auto" lifts an outer request).
 
-    Process-wide, like ``FASTPROMPT_BACKEND``, so that a backward run inside the context obeys too. A `backend`
-    argument that names a backend goes before it.
+    Process-wide, like ``FASTPROMPT_BACKEND``, so that a backward inside the context obeys too. A `backend` argument
+    that names a backend overrides it.
 
     Raises:
         ValueError: `name` is not "auto" or one of `BACKENDS`.
@@ -140,115 +133,154 @@ def check_name(name: str, caller: str) -> None:
 
 
 def requested(backend: str = AUTO) -> str:
-    """The backend that a call asks for: its own argument, else the context's or the environment's."""
+    """Return the backend that a call asks for: its own argument, else the context's or the environment's."""
     name = _request if backend == AUTO else backend
     check_name(name, "backend" if backend != AUTO else "FASTPROMPT_BACKEND")
     return name
 
 
-def select(operation: str, backend: str, *args: Any) -> tuple[str, Implementation]:
-    """The backend that serves `operation` on `args`.
+def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
+    """Return the backend and the kernel that run `operation` on `args`.
 
     Raises:
-        NotImplementedError: `backend` is asked for by name and cannot serve the call; the message says why.
+        NotImplementedError: `backend` is asked for by name and cannot run the call; the message says why.
     """
     if backend != AUTO:
         reason = why_not(operation, backend, *args)
         if reason is not None:
             raise NotImplementedError(
-                f"`{operation}`: backend {backend!r} was asked for by name and cannot serve this call: {reason}; "
-                f"use backend 'auto' or 'eager'"
+                f"`{operation}`: backend {backend!r} was asked for by name and cannot run this call: {reason}; "
+                "use backend 'auto' or 'eager'"
             )
-        return backend, _implementations[operation][backend]
-    for name in BACKENDS:
-        if not _taken_by_auto(operation, name):
+        return backend, _backends[backend].kernels[operation]
+    for candidate in _backends.values():
+        kernel = candidate.automatic_kernel(operation)
+        if kernel is None or kernel.can_run(*args) is not None:
             continue
-        implementation = _implementations[operation][name]
-        if implementation.can_run(*args) is not None:
-            continue
-        if _unavailable(name) is None:
-            return name, implementation
-        _missed.get(name, _say_nothing)()
-    raise NotImplementedError(f"`{operation}`: no backend can serve this call:\n{_reasons(operation, *args)}")
+        if candidate.available:
+            return candidate.name, kernel
+        candidate.on_missed()
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in explain(operation, *args).items())
+    raise NotImplementedError(f"`{operation}`: no backend can run this call:\n{reasons}")
 
 
 def why_not(operation: str, backend: str, *args: Any) -> str | None:
-    """The reason why `backend` cannot serve `operation` on `args`, or None when it can."""
-    return why_missing(operation, backend) or _implementations[operation][backend].can_run(*args)
+    """Return why `backend` cannot run `operation` on `args`, or None."""
+    reason = why_missing(operation, backend)
+    return _backends[backend].kernels[operation].can_run(*args) if reason is None else reason
 
 
 def why_missing(operation: str, backend: str) -> str | None:
-    """The reason why `backend` can serve no call of `operation` in this process, or None."""
-    if backend not in _implementations[operation]:
-        return _unavailable(backend) or f"it has no kernel for `{operation}`"
-    return _unavailable(backend)
-
-
-@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
-def only_eager(operation: str) -> bool:
-    """Whether "auto" can serve `operation` by no backend but `eager` in this process."""
-    return not any(
-        name != "eager" and _taken_by_auto(operation, name) and _unavailable(name) is None
-        for name in BACKENDS
-    )
-
-
-def is_fused(operation: str, tensor: torch.Tensor) -> bool:
-    """Whether a kernel may serve `operation`, two steps in one, for `tensor`.
-
-    Where none does, the two steps by themselves cost no more.
-    """
-    backend = requested()
-    if backend == AUTO:
-        return tensor.is_cuda and not only_eager(operation)
-    return _has_kernel(operation, backend)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernel(operation: str, backend: str) -> bool:
-    return backend != "eager" and why_missing(operation, backend) is None
+    """Return why `backend` can run no call of `operation` in this process, or None."""
+    return _backends[backend].why_missing(operation)
 
 
 def explain(operation: str, *args: Any) -> dict[str, str | None]:
-    """For every backend, why it cannot serve `operation` on `args` (None when it can)."""
+    """Return, for every backend, why it cannot run `operation` on `args`, or None."""
     return {name: why_not(operation, name, *args) for name in BACKENDS}
 
 
-def run(operation: str, backend: str, *args: Any) -> Any:
-    """Run `operation` on `args` by the backend that serves it."""
-    return select(operation, backend, *args)[1].run(*args)
+def auto_is_eager(operation: str, tensor: torch.Tensor) -> bool:
+    """Return whether "auto" runs `operation` on first arguments like `tensor` by `eager`."""
+    # As a power of two the width is a constant to the compiler, also where it traces a symbol.
+    width = next((w for w in (64, 128, 256) if tensor.shape[-1] <= w), 512)
+    return _auto_is_eager(operation, tensor.device, tensor.dtype, width)
 
 
-def _say_nothing() -> None:
-    pass
+@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
+def _auto_is_eager(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    example = SimpleNamespace(device=device, dtype=dtype, shape=(1, 1, 1, width))  # a tensor would be traced
+    for backend in _backends.values():
+        kernel = backend.automatic_kernel(operation)
+        if kernel is not None and backend.available and kernel.can_run(example) is None:
+            return backend.name == "eager"
+    return False
 
 
-def _taken_by_auto(operation: str, backend: str) -> bool:
-    """Whether "auto" may take `backend` for `operation`, if it is available and can run the call."""
-    implementation = _implementations[operation].get(backend)
-    automatic = _automatic.get(backend)
-    return implementation is not None and implementation.automatic and (automatic is None or automatic())
+def has_fused_kernel(operation: str, tensor: torch.Tensor) -> bool:
+    """Return whether a kernel may run `operation` and its norm in one pass for `tensor`.
+
+    Where none does, a norm of its own costs the same.
+    """
+    backend = requested()
+    return (backend != AUTO or tensor.is_cuda) and _fuses_norm(operation, backend)
 
 
-def _unavailable(backend: str) -> str | None:
-    probe = _availability.get(backend)
-    return f"this version of fastprompt has no {backend} kernels" if probe is None else probe()
+@torch.compiler.assume_constant_result
+def _fuses_norm(operation: str, name: str) -> bool:
+    for backend in _backends.values() if name == AUTO else (_backends[name],):
+        kernel = (backend.automatic_kernel if name == AUTO else backend.kernels.get)(operation)
+        if kernel is not None and kernel.fuses_norm and backend.available:
+            return True
+    return False
 
 
-def _reasons(operation: str, *args: Any) -> str:
-    return "\n".join(f"  {name}: {reason}" for name, reason in explain(operation, *args).items())
+# Registration ---------------------------------------------------------------------------------------------------
+
+
+def register(
+    operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]
+) -> None:
+    """Add a kernel for `operation` to `backend`."""
+    _backends[backend].kernels[operation] = Kernel(run, can_run)
+
+
+def register_triton(
+    operation: str, module: str, function: str, *, automatic: bool = True, fuses_norm: bool = False
+) -> None:
+    """Add `function` of kernels/triton/`module`.py to the backend `triton`, with `can_<function>` as its `can_run`."""
+    _backends["triton"].kernels[operation] = _TritonKernel(module, function, automatic, fuses_norm)
+
+
+class _TritonKernel(Kernel):
+    """A launcher that is imported when a call first asks for it."""
+
+    def __init__(self, module: str, function: str, automatic: bool, fuses_norm: bool) -> None:
+        self.module, self.function = module, function
+        self.automatic, self.fuses_norm = automatic, fuses_norm
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("run", "can_run"):
+            raise AttributeError(name)
+        module = _import_triton(self.module)
+        self.run, self.can_run = getattr(module, self.function), getattr(module, f"can_{self.function}")
+        return self.__dict__[name]
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Return why the backend `triton` can run nothing in this process, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}; `pip install triton`"
+    return _import_triton("launch").unavailable()
+
+
+def _triton_is_automatic() -> bool:
+    # The interpreter is for checking kernels, a thousand times slower than any other backend.
+    return why_no_triton() is None and not _import_triton("launch").INTERPRETED
+
+
+def _import_triton(module: str) -> Any:
+    return importlib.import_module(f"fastprompt.kernels.triton.{module}")
 
 
 def always(*args: Any) -> str | None:
-    """The `can_run` of an implementation that serves every call."""
+    """Return None: the `can_run` of a kernel that can run every call."""
     return None
 
 
 def needs_device(tensor: torch.Tensor, device_type: str) -> str | None:
-    """A reason unless `tensor` lies on `device_type`; the common first line of a `can_run`."""
+    """Return a reason unless `tensor` is on `device_type`."""
     if tensor.device.type != device_type:
-        return f"it serves {device_type} tensors, not {tensor.device.type} ones"
+        return f"it runs on {device_type} tensors, not {tensor.device.type} ones"
     return None
 
 
-register_availability("eager", lambda: None)
+_backends: dict[str, Backend] = {
+    "triton": Backend("triton", why_no_triton, is_automatic=_triton_is_automatic),
+    "cuda": Backend("cuda", lambda: "this version of fastprompt has no cuda kernels"),
+    "cpu": Backend("cpu", native.load, on_missed=native.warn_missing_once),
+    "eager": Backend("eager", lambda: None),
+}

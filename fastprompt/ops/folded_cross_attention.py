@@ -2,8 +2,9 @@
 
     out = softmax_h(x·Aᵀ + a)·V' + b_proj
 
-is a two-layer MLP of hidden width H·P whose activation is a softmax per head. How A, a and V' are made, and when this
-form takes fewer operations, is the subject of :mod:`fastprompt.ops.prompt_cross_attention`.
+is a two-layer MLP of hidden width H·P whose activation is a softmax per head. CVPT (Huang et al., ICCV 2025) puts it
+between attention and MLP, so one kernel may also add the residual and compute the LayerNorm that enters the MLP.
+:mod:`fastprompt.ops.prompt_cross_attention` computes A, a and V' and chooses this form where it takes fewer operations.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
+from fastprompt.ops import dispatch
+from fastprompt.ops.checks import check_devices_and_dtypes
+from fastprompt.ops.norm import Norm, check_norm, empty_norm, layer_norm, layer_norm_reference
+from fastprompt.ops.operator import (
     accumulation_dtype,
-    as_gradient,
     autocast,
-    autocast_enabled,
-    define,
-    differentiate,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
 )
 
+_Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -39,68 +42,102 @@ class FoldedPrompts(NamedTuple):
 
 
 def folded_cross_attention(
-    x: Tensor, folded: FoldedPrompts, *, residual: bool = False, backend: str = dispatch.AUTO
-) -> Tensor:
-    """softmax_h(x·keyᵀ + bias)·value + out_bias for x [B, N, D] -> [B, N, D]; differentiable in all of them.
+    x: Tensor,
+    folded: FoldedPrompts,
+    *,
+    residual: bool = False,
+    norm: Norm | None = None,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, Tensor | None]:
+    """Return softmax_h(x·keyᵀ + bias)·value + out_bias, and LayerNorm of that; differentiable in x and `folded`.
 
-    With `residual`, x is added in the same pass. Under autocast that x keeps its dtype, as in a sum of its own.
+    Args:
+        x: [B, N, D]. Under autocast it keeps its dtype in the residual.
+        folded: what :func:`fastprompt.ops.fold_prompts` returns.
+        residual: add x.
+        norm: the LayerNorm that follows, or None; frozen.
+        backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
+
+    Returns:
+        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. The norm reads y as rounded to its
+        dtype and computes in float32 or better.
 
     Raises:
-        ValueError: shapes do not fit.
-        TypeError: dtypes differ, and autocast is off.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
+        NotImplementedError: `norm` requires a gradient, or `backend` names one that cannot run this call.
     """
-    check_folded("folded_cross_attention", x, folded, residual)
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *folded[:3]))
-    out, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, *folded, residual, trains, dispatch.requested(backend)
+    _check(x, folded, residual, norm)
+    affine = (None, None, None) if norm is None else norm
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *folded))
+    y, _, normed, _, _ = torch.ops.fastprompt.folded_cross_attention(
+        x, *folded, residual, *affine, trains, dispatch.requested(backend)
     )
-    return out
+    return y, None if norm is None else normed
 
 
-def check_folded(caller: str, x: Tensor, folded: FoldedPrompts, residual: bool) -> None:
-    """Raise, in the name of `caller`, unless x [B, N, D] and `folded` fit each other."""
-    key, bias, value, _ = folded
+def folded_cross_attention_reference(
+    x: Tensor, folded: FoldedPrompts, *, residual: bool = False, norm: Norm | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return what :func:`folded_cross_attention` does: its specification, plain PyTorch in float32 or better."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = accumulation_dtype(x.dtype)
+        key, bias, value = (t.to(wide) for t in folded[:3])
+        logits = torch.einsum("bnd,hpd->bnhp", x.to(wide), key) + bias
+        y = torch.einsum("bnhp,hpd->bnd", logits.softmax(-1), value)
+        y = y if folded.out_bias is None else y + folded.out_bias.to(wide)
+        y = (x.to(wide) + y if residual else y).to(x.dtype)
+        return y, None if norm is None else layer_norm_reference(y, norm)
+
+
+def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) -> None:
+    key, bias, value, out_bias = folded
     fits = x.ndim == 3 and key.ndim == 3 and key.shape[2] == x.shape[2]
     if not fits or bias.shape != key.shape[:2] or value.ndim != 3 or value.shape[:2] != key.shape[:2]:
         raise ValueError(
-            f"`{caller}`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
+            f"`folded_cross_attention`: `x` must be [B, N, D] and `folded.key` [H, P, D], `folded.bias` [H, P], "
             f"`folded.value` [H, P, D]; got {tuple(x.shape)}, {tuple(key.shape)}, {tuple(bias.shape)}, "
-            f"{tuple(value.shape)}; make them by `fold_prompts`"
+            f"{tuple(value.shape)}; call `fold_prompts`"
+        )
+    if out_bias is not None and out_bias.shape != value.shape[2:]:
+        raise ValueError(
+            f"`folded_cross_attention`: `folded.out_bias` must be [D={value.shape[2]}]; got {tuple(out_bias.shape)}; "
+            "call `fold_prompts`"
         )
     if residual and value.shape[2] != x.shape[2]:
         raise ValueError(
-            f"`{caller}`: with `residual`, `folded.value` must be [H, P, D={x.shape[2]}]; got {tuple(value.shape)}; "
-            "leave `residual` out"
+            f"`folded_cross_attention`: with `residual`, `folded.value` must be [H, P, D={x.shape[2]}]; "
+            f"got {tuple(value.shape)}; leave `residual` out"
         )
-    if not autocast_enabled(x):
-        for name, tensor in folded._asdict().items():
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(
-                    f"`{caller}`: `folded.{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
-                )
+    others = {f"folded.{name}": tensor for name, tensor in folded._asdict().items()}
+    check_devices_and_dtypes("folded_cross_attention", "x", x, others)
+    check_norm("folded_cross_attention", norm, value.shape[2], x.device)
 
 
 # The operator. `x` may be in a wider dtype than the folded prompts (the residual stream under autocast): it enters
-# products in theirs. `out` is in theirs too, or with `residual` in the wider of both.
+# products in theirs. `y` is in theirs too, or with `residual` in the wider of both. `weights` [B, N, H, P] is the
+# softmax, for the backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
 
 
 def _out_dtype(x: Tensor, key: Tensor, residual: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
 
 
-def fake(
+def _fake(
     x: Tensor,
     key: Tensor,
     bias: Tensor,
     value: Tensor,
     out_bias: Tensor | None,
     residual: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> _Forward:
     B, N, _ = x.shape
-    out = x.new_empty((B, N, value.shape[2]), dtype=_out_dtype(x, key, residual))
-    return out, key.new_empty((B, N, *key.shape[:2]) if keep else 0)
+    y = x.new_empty((B, N, value.shape[2]), dtype=_out_dtype(x, key, residual))
+    return y, key.new_empty((B, N, *key.shape[:2]) if keep else 0), *empty_norm(y, eps)
 
 
 def _fake_backward(
@@ -129,7 +166,7 @@ def _fake_backward(
     return dx, d_key, d_bias, d_value, d_out_bias
 
 
-def flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+def _flops(x: Any, key: Any, bias: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
     return 2 * x[0] * x[1] * key[0] * key[1] * (key[2] + value[2])
 
 
@@ -142,16 +179,16 @@ def _flops_backward(grad: Any, x: Any, key: Any, value: Any, weights: Any, *rest
     return 2 * weights[0] * weights[1] * weights[2] * weights[3] * width
 
 
-# `weights` [B, N, H, P] is the softmax, for the backward; empty unless `keep`.
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "folded_cross_attention(Tensor x, Tensor key, Tensor bias, Tensor value, Tensor? out_bias, bool residual, "
-    "bool keep, str backend) -> (Tensor out, Tensor weights)",
-    fake=fake,
-    flops=flops,
+    "Tensor? norm_weight, Tensor? norm_bias, float? eps, bool keep, str backend) "
+    "-> (Tensor y, Tensor weights, Tensor normed, Tensor mean, Tensor rstd)",
+    fake=_fake,
+    flops=_flops,
 )
 # `needs` says which of dx, d(key), d(bias), d(value), d(out_bias) somebody reads; the others are empty. Of the tensors,
-# those that these do not ask for are None.
-_BACKWARD = define(
+# those that these do not ask for are None. The norm's own gradient comes first, by `gated_blend_backward`.
+_BACKWARD = define_operator(
     "folded_cross_attention_backward(Tensor grad, Tensor? x, Tensor? key, Tensor? value, Tensor? weights, "
     "bool residual, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
@@ -159,61 +196,61 @@ _BACKWARD = define(
 )
 
 
-def keep_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], weights: Tensor, keep: bool, *more: Tensor | None
-) -> None:
-    """Save what :func:`gradients` needs, and `more`; `inputs` begin with x, key, bias, value and out_bias."""
-    x, key, bias, value, out_bias = inputs[:5]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
+    x, key, bias, value, out_bias, residual, norm_weight, _norm_bias, eps, keep, backend = inputs
+    y, weights, normed, mean, rstd = output
     ctx.set_materialize_grads(False)
+    ctx.residual, ctx.backend = residual, backend
     ctx.dtypes = [x.dtype, key.dtype, bias.dtype, value.dtype, None if out_bias is None else out_bias.dtype]
     needs = ctx.needs_input_grad
-    if any(needs[:4]) and not keep:
-        raise ValueError("`folded_cross_attention`: `keep` must be True where an input but `out_bias` trains")
+    if any(needs[:5]) and not keep:
+        raise ValueError("`folded_cross_attention`: `keep` must be True where an input trains")
+    if eps is None:
+        ctx.mark_non_differentiable(weights, normed, mean, rstd)
+        norm: tuple[Tensor | None, ...] = (None,) * 4
+    else:
+        ctx.mark_non_differentiable(weights, mean, rstd)
+        norm = (y, mean, rstd, norm_weight)
     ctx.save_for_backward(
         x if needs[1] else None,
         key if needs[0] else None,
         value if any(needs[:3]) else None,
         weights if any(needs[:4]) else None,
-        *more,
+        *norm,
     )
 
 
-def gradients(ctx: Any, grad: Tensor, residual: bool, backend: str) -> list[Tensor | None]:
-    """Those of x, key, bias, value and out_bias, from that of the output."""
+def _backward(
+    ctx: Any, grad_y: Tensor | None, _grad_weights: Tensor | None, grad_normed: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    if grad_y is None and grad_normed is None:
+        return (None,) * 11
+    grad = grad_y
+    if grad_normed is not None:
+        grad, _d_prompt, _d_gate = torch.ops.fastprompt.gated_blend_backward(
+            grad_y, grad_normed, *ctx.saved_tensors[4:], None, None, 0, 0, [True, False, False], ctx.backend
+        )
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     found = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *ctx.saved_tensors[:4], residual, needs, backend
+        grad, *ctx.saved_tensors[:4], ctx.residual, needs, ctx.backend
     )
-    return [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
+    wanted = [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
+    return (*wanted, *(None,) * 6)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *_, residual, keep, backend = inputs
-    weights = output[1]
-    ctx.mark_non_differentiable(weights)
-    ctx.residual, ctx.backend = residual, backend
-    keep_for_backward(ctx, inputs, weights, keep)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _grad_weights: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 8
-    return (*gradients(ctx, grad, ctx.residual, ctx.backend), None, None, None)
-
-
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(1, 2, 3, 4))
 
 
 # The backend `eager` --------------------------------------------------------------------------------------------
 #
-# PyTorch's CPU softmax is made for long rows: over [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4, the
-# passes below 0.6 and 0.5 (Xeon with AVX-512, one thread). Elsewhere it is one kernel instead of many.
+# PyTorch's CPU softmax is slow on short rows: over [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4, the
+# passes below 0.6 and 0.5 (Xeon with AVX-512, one thread). On other devices it is one kernel instead of many.
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """The softmax over the last dimension, in float32 or better inside."""
+    """Return the softmax over the last dimension, computed in float32 or better."""
     if logits.device.type != "cpu" or logits.shape[-1] == 0:
         return logits.softmax(-1)
     wide = logits.to(accumulation_dtype(logits.dtype))
@@ -222,7 +259,7 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of the logits from that of the weights."""
+    """Return the gradient of the logits from that of the weights."""
     if weights.device.type != "cpu":
         return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
     wide = accumulation_dtype(weights.dtype)
@@ -237,8 +274,11 @@ def _forward_eager(
     value: Tensor,
     out_bias: Tensor | None,
     residual: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+) -> _Forward:
     B, N, _ = x.shape
     H, P, _ = key.shape
     rows = x.flatten(0, 1)
@@ -253,7 +293,9 @@ def _forward_eager(
         out = torch.addmm(rows, hidden, values)
     else:
         out = hidden @ values + rows if residual else hidden @ values
-    return out.view(B, N, value.shape[2]), weights.view(B, N, H, P) if keep else key.new_empty(0)
+    y = out.view(B, N, value.shape[2])
+    kept = weights.view(B, N, H, P) if keep else key.new_empty(0)
+    return y, kept, *layer_norm(y, norm_weight, norm_bias, eps)
 
 
 def _backward_eager(
@@ -295,7 +337,11 @@ def _backward_eager(
 
 dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)
-# The products are large enough for the library, and every program of the fused kernel reads both matrices again: until
-# somebody has measured that it is faster, it serves those who name it.
-triton_backend.serve("folded_cross_attention", "prompt_cross_attention", "forward", automatic=False)
-triton_backend.serve("folded_cross_attention_backward", "prompt_cross_attention", "backward", automatic=False)
+# Not automatic: the products are large enough for the library, every program of the fused kernel reads both matrices
+# again, and nobody has measured yet that it is faster.
+dispatch.register_triton(
+    "folded_cross_attention", "folded_cross_attention", "forward", automatic=False, fuses_norm=True
+)
+dispatch.register_triton(
+    "folded_cross_attention_backward", "folded_cross_attention", "backward", automatic=False
+)

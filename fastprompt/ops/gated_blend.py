@@ -1,9 +1,10 @@
-"""Gated prompt blending: a residual add in which the prompt rows are blended with the rows that entered the block.
+"""Gated prompt blending: a residual add that blends the prompt rows with the prompts that entered the block.
 
     y = x + delta;   y[:, start : start + length] = gate · y[:, ...] + (1 - gate) · prompt_in
 
 GateVPT (Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023): a block
-passes on `gate` of what it did to the prompts. Since y = prompt_in + Δ on those rows, it is a gated residual.
+passes on `gate` of its update of the prompts. As y = prompt_in + Δ on those rows, this is a gated residual. With a
+norm, one kernel also computes LayerNorm(y), the input of the next block.
 """
 
 from __future__ import annotations
@@ -13,16 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.kernels import native
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
-    accumulation_dtype,
-    as_gradient,
-    autocast,
-    autocast_enabled,
-    define,
-    differentiate,
+from fastprompt.ops import dispatch
+from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
+from fastprompt.ops.norm import (
+    Norm,
+    check_norm,
+    empty_norm,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_reference,
 )
+from fastprompt.ops.operator import (
+    accumulation_dtype,
+    autocast,
+    define_operator,
+    mark_as_backward,
+    no_flops,
+    register_gradient,
+)
+
+_Forward = tuple[Tensor, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def gated_blend(
@@ -33,176 +45,155 @@ def gated_blend(
     start: int,
     length: int,
     *,
+    norm: Norm | None = None,
     backend: str = dispatch.AUTO,
-) -> Tensor:
-    """x + delta, with rows start..start+length blended with `prompt_in` by `gate`; differentiable in all tensors.
+) -> tuple[Tensor, Tensor | None]:
+    """Return x + delta, with rows start..start+length blended with `prompt_in` by `gate`, and LayerNorm of that.
 
     Args:
-        x, delta: [B, N, D], N counting prefix, prompt and patch rows.
+        x, delta: [B, N, D]; N counts prefix, prompt and patch rows.
         prompt_in: [B, P, D], P = `length`: the prompt rows that entered the block.
         gate: one-element tensor, sigmoid(logit) in GateVPT; any floating dtype, computed in float32 or better.
-        start, length: where the prompt rows stand in N.
-        backend: "auto", or the backend that has to serve this call.
+        start, length: the prompt rows among the N.
+        norm: the LayerNorm that follows, or None; frozen.
+        backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        [B, N, D], contiguous, in x's dtype.
+        y [B, N, D], contiguous, in x's dtype, and LayerNorm(y) likewise, or None without a norm. The norm reads y as
+        rounded to that dtype and computes in float32 or better.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
+        NotImplementedError: `norm` requires a gradient, or `backend` names one that cannot run this call.
     """
-    check_blend("gated_blend", x, delta, prompt_in, gate, start, length)
-    return torch.ops.fastprompt.gated_blend(
-        x, delta, prompt_in, gate, start, length, dispatch.requested(backend)
+    _check(x, delta, prompt_in, gate, start, length, norm)
+    affine = (None, None, None) if norm is None else norm
+    y, normed, _, _ = torch.ops.fastprompt.gated_blend(
+        x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
     )
+    return y, None if norm is None else normed
 
 
 def gated_blend_reference(
-    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int
-) -> Tensor:
-    """The specification of :func:`gated_blend`: plain PyTorch, in float32 or better. Returns [B, N, D]."""
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor,
+    gate: Tensor,
+    start: int,
+    length: int,
+    *,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what :func:`gated_blend` does: its specification, plain PyTorch in float32 or better, autocast off."""
     with torch.autocast(x.device.type, enabled=False):
         wide = accumulation_dtype(x.dtype)
         out = x.to(wide) + delta.to(wide)
         before, rows, after = out.split([start, length, x.shape[1] - start - length], dim=1)
         g = gate.to(wide).reshape(())
-        return torch.cat([before, g * rows + (1 - g) * prompt_in.to(wide), after], dim=1).to(x.dtype)
+        y = torch.cat([before, g * rows + (1 - g) * prompt_in.to(wide), after], dim=1).to(x.dtype)
+        return y, None if norm is None else layer_norm_reference(y, norm)
 
 
-def check_blend(
-    caller: str,
-    x: Tensor,
-    delta: Tensor,
-    prompt_in: Tensor | None,
-    gate: Tensor | None,
-    start: int,
-    length: int,
+def _check(
+    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int, norm: Norm | None
 ) -> None:
-    """Raise ValueError or TypeError in the name of `caller` unless the arguments fit.
-
-    `prompt_in` and `gate` may both be None where no row is blended.
-    """
-
     def fail(what: str) -> None:
-        raise ValueError(f"`{caller}`: {what}")
+        raise ValueError(f"`gated_blend`: {what}")
 
     if x.ndim != 3 or delta.shape != x.shape:
         fail(f"`x` and `delta` must both be [B, N, D]; got {tuple(x.shape)} and {tuple(delta.shape)}")
     B, N, D = x.shape
     if start < 0 or length < 0 or start + length > N:
         fail(f"rows start={start} .. start+length={start + length} do not lie within N={N}")
-    tensors = {"delta": delta}
-    if prompt_in is None or gate is None:
-        if prompt_in is not gate or length > 0:
-            fail(
-                f"without `prompt_in` and `gate` no row is blended; got length={length}; pass both or neither"
-            )
-    else:
-        tensors["prompt_in"] = prompt_in
-        if prompt_in.shape != (B, length, D):
-            fail(
-                f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
-            )
-        if gate.numel() != 1 or not gate.is_floating_point():
-            fail(
-                f"`gate` must be a floating-point tensor of one element; got {gate.dtype}, {tuple(gate.shape)}"
-            )
-        if gate.device != x.device:
-            fail(f"`gate` is on {gate.device} and `x` on {x.device}; move it there")
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
-    if not x.is_floating_point():
-        raise TypeError(f"`{caller}`: `x` must be floating point; got {x.dtype}; convert it")
-    if not autocast_enabled(x):
-        for name, tensor in tensors.items():
-            if tensor.dtype != x.dtype:
-                raise TypeError(
-                    f"`{caller}`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
-                )
+    if prompt_in.shape != (B, length, D):
+        fail(
+            f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
+        )
+    check_one_element("gated_blend", "gate", gate)
+    others = {"delta": delta, "prompt_in": prompt_in, "gate": gate}
+    check_devices_and_dtypes("gated_blend", "x", x, others, any_dtype=("gate",))
+    check_norm("gated_blend", norm, D, x.device)
 
 
-# The operator ---------------------------------------------------------------------------------------------------
+# The operator. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
 
 
-def _fake(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(x: Tensor, *rest: Any) -> _Forward:
+    *_, eps, _backend = rest
+    return x.new_empty(x.shape), *empty_norm(x, eps)
 
 
 def _fake_backward(
-    grad: Tensor,
-    gate: Tensor,
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
     difference: Tensor | None,
     start: int,
     length: int,
-    need_input: bool,
-    need_prompt: bool,
-    need_gate: bool,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, D = grad.shape
-    return (
-        grad.new_empty(grad.shape if need_input else 0),
-        grad.new_empty((B, length, D) if need_prompt else 0),
-        gate.new_empty(gate.shape if need_gate else 0),
-    )
+) -> _Gradients:
+    return _empty_gradients(_either(grad_y, grad_normed), gate, length, needs)
 
 
-def _flops(*args: Any, **kwargs: Any) -> int:
-    return 0  # FlopCounterMode counts matrix products; additions and elementwise products are free there.
-
-
-_OPERATOR = define(
-    "gated_blend(Tensor x, Tensor delta, Tensor prompt_in, Tensor gate, SymInt start, SymInt length, str backend) "
-    "-> Tensor",
+_OPERATOR = define_operator(
+    "gated_blend(Tensor x, Tensor delta, Tensor prompt_in, Tensor gate, SymInt start, SymInt length, "
+    "Tensor? weight, Tensor? bias, float? eps, str backend) -> (Tensor y, Tensor normed, Tensor mean, Tensor rstd)",
     fake=_fake,
-    flops=_flops,
+    flops=no_flops,
 )
-# `difference` [B, length, D] is x + delta - prompt_in on the prompt rows, None unless d(gate) is needed.
-_BACKWARD = define(
-    "gated_blend_backward(Tensor grad, Tensor gate, Tensor? difference, SymInt start, SymInt length, "
-    "bool need_input, bool need_prompt, bool need_gate, str backend) -> (Tensor, Tensor, Tensor)",
+# One of the two gradients may be None. `y`, `mean`, `rstd` and `weight` are for `grad_normed`, `difference` [B, length,
+# D] = x + delta - prompt_in on the prompt rows is for d(gate). Without a gate this is the gradient of the norm alone.
+# `needs` says which of d(x) = d(delta), d(prompt_in) and d(gate) somebody reads; the others are empty.
+_BACKWARD = define_operator(
+    "gated_blend_backward(Tensor? grad_y, Tensor? grad_normed, Tensor? y, Tensor? mean, Tensor? rstd, Tensor? weight, "
+    "Tensor? gate, Tensor? difference, SymInt start, SymInt length, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    flops=_flops,
+    flops=no_flops,
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, delta, prompt_in, gate, start, length, backend = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
+    x, delta, prompt_in, gate, start, length, weight, _bias, eps, backend = inputs
+    y, normed, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.start, ctx.length, ctx.backend = start, length, backend
     difference = None
     if ctx.needs_input_grad[3]:
-        # P rows made again here, so that neither x nor delta is kept alive for one scalar's gradient.
+        # P rows computed again here, so that neither x nor delta is kept alive for one scalar's gradient.
         difference = x.narrow(1, start, length) + delta.narrow(1, start, length) - prompt_in
-    ctx.save_for_backward(gate, difference)
+    if eps is None:
+        ctx.mark_non_differentiable(normed, mean, rstd)
+        ctx.save_for_backward(None, None, None, None, gate, difference)
+    else:
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(y, mean, rstd, weight, gate, difference)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gate, difference = ctx.saved_tensors
+def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_y is None and grad_normed is None:
+        return (None,) * 10
     need_x, need_delta, need_prompt, need_gate = ctx.needs_input_grad[:4]
+    needs = [need_x or need_delta, need_prompt, need_gate]
     d_input, d_prompt, d_gate = torch.ops.fastprompt.gated_blend_backward(
-        grad,
-        gate,
-        difference,
-        ctx.start,
-        ctx.length,
-        need_x or need_delta,
-        need_prompt,
-        need_gate,
-        ctx.backend,
+        grad_y, grad_normed, *ctx.saved_tensors, ctx.start, ctx.length, needs, ctx.backend
     )
     return (
         d_input if need_x else None,
         d_input if need_delta else None,
         d_prompt if need_prompt else None,
         d_gate if need_gate else None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, promote=(0, 1, 2))
 
 
@@ -210,62 +201,109 @@ autocast(_OPERATOR, promote=(0, 1, 2))
 
 
 def _forward_eager(
-    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int
-) -> Tensor:
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor,
+    gate: Tensor,
+    start: int,
+    length: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> _Forward:
     wide = accumulation_dtype(x.dtype)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.add(x, delta, out=out)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.add(x, delta, out=y)
     rows = x.narrow(1, start, length).to(wide) + delta.narrow(1, start, length)
-    out.narrow(1, start, length).copy_(torch.lerp(prompt_in.to(wide), rows, gate.to(wide).reshape(())))
-    return out
+    y.narrow(1, start, length).copy_(torch.lerp(prompt_in.to(wide), rows, gate.to(wide).reshape(())))
+    return y, *layer_norm(y, weight, bias, eps)
 
 
 def _backward_eager(
-    grad: Tensor,
-    gate: Tensor,
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
     difference: Tensor | None,
     start: int,
     length: int,
-    need_input: bool,
-    need_prompt: bool,
-    need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs: list[bool],
+) -> _Gradients:
+    grad = _either(grad_y, grad_normed)
     wide = accumulation_dtype(grad.dtype)
+    d_input, d_prompt, d_gate = _empty_gradients(grad, gate, length, needs)
+    if grad_normed is not None:
+        assert y is not None
+        assert mean is not None
+        assert rstd is not None
+        grad = layer_norm_backward(grad_normed, y, mean, rstd, weight)
+        grad = grad if grad_y is None else grad + grad_y.to(wide)
+    if needs[0]:
+        d_input.copy_(grad)
+    if gate is None:
+        return d_input, d_prompt, d_gate
     rows = grad.narrow(1, start, length).to(wide)
     g = gate.to(wide).reshape(())
-    d_input, d_prompt, d_gate = grad.new_empty(0), grad.new_empty(0), gate.new_empty(0)
-    if need_input:
-        d_input = grad.clone(memory_format=torch.contiguous_format)
+    if needs[0]:
         d_input.narrow(1, start, length).copy_(g * rows)
-    if need_prompt:
-        d_prompt = ((1 - g) * rows).to(grad.dtype).contiguous()
-    if need_gate and difference is not None:
+    if needs[1]:
+        d_prompt.copy_((1 - g) * rows)
+    if needs[2] and difference is not None:
         d_gate = (rows * difference).sum().reshape(gate.shape).to(gate.dtype)
     return d_input, d_prompt, d_gate
 
 
+def _empty_gradients(grad: Tensor, gate: Tensor | None, length: int, needs: list[bool]) -> _Gradients:
+    B, _, D = grad.shape
+    return (
+        grad.new_empty(grad.shape if needs[0] else 0),
+        grad.new_empty((B, length, D) if needs[1] else 0),
+        grad.new_empty(0) if gate is None else gate.new_empty(gate.shape if needs[2] else 0),
+    )
+
+
+def _either(grad_y: Tensor | None, grad_normed: Tensor | None) -> Tensor:
+    grad = grad_normed if grad_y is None else grad_y
+    assert grad is not None
+    return grad
+
+
 def _forward_cpu(
-    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int
-) -> Tensor:
-    return torch.ops.fastprompt_cpu.gated_blend(x, delta, prompt_in, gate, start, length)
+    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int, *norm: Any
+) -> _Forward:
+    y = torch.ops.fastprompt_cpu.gated_blend(x, delta, prompt_in, gate, start, length)
+    return y, *empty_norm(y, None)
 
 
-def _backward_cpu(
-    grad: Tensor, gate: Tensor, difference: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastprompt_cpu.gated_blend_backward(grad, gate, difference, *rest)
+def _can_forward_cpu(x: Tensor, *rest: Any) -> str | None:
+    return _no_norm(rest[-1] is not None) or _can_run_cpu(x)
 
 
-def _can_run_cpu(x: Tensor, *args: Any) -> str | None:
+def _backward_cpu(*args: Any) -> _Gradients:
+    grad, _grad_normed, _y, _mean, _rstd, _weight, gate, difference, start, length, needs = args
+    return torch.ops.fastprompt_cpu.gated_blend_backward(grad, gate, difference, start, length, *needs)
+
+
+def _can_backward_cpu(grad_y: Tensor | None, grad_normed: Tensor | None, *rest: Any) -> str | None:
+    return _no_norm(grad_normed is not None) or _can_run_cpu(_either(grad_y, grad_normed))
+
+
+def _no_norm(norm: bool) -> str | None:
+    return "it computes no norm" if norm else None
+
+
+def _can_run_cpu(x: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"it serves float32, float64, bfloat16 and float16, not {x.dtype}"
+        return f"it runs float32, float64, bfloat16 and float16, not {x.dtype}"
     return dispatch.needs_device(x, "cpu")
 
 
-dispatch.register_availability("cpu", native.load, native.warn_missing_once)
-dispatch.register("gated_blend", "cpu", _forward_cpu, _can_run_cpu)
-dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_run_cpu)
+dispatch.register("gated_blend", "cpu", _forward_cpu, _can_forward_cpu)
+dispatch.register("gated_blend_backward", "cpu", _backward_cpu, _can_backward_cpu)
 dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
 dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("gated_blend", "gated_blend", "forward")
-triton_backend.serve("gated_blend_backward", "gated_blend", "backward")
+dispatch.register_triton("gated_blend", "gated_blend", "forward", fuses_norm=True)
+dispatch.register_triton("gated_blend_backward", "gated_blend", "backward")

@@ -1,7 +1,7 @@
-"""Prompt-augmented self-attention on packed queries, keys and values, as one projection makes them.
+"""Prompt-augmented self-attention on packed queries, keys and values, the output of one projection.
 
-The same as :func:`fastprompt.ops.prompt_attention` on the three parts of `qkv`. What differs is the gradient: it is
-written where it belongs, into one packed tensor, where three tensors would have to be copied into one.
+The same as :func:`fastprompt.ops.prompt_attention` on the three parts of `qkv`, but the gradient is written directly
+into one packed tensor; three tensors would have to be copied into one.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
+from fastprompt.ops import dispatch
+from fastprompt.ops.operator import (
+    accumulation_dtype,
+    autocast,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
+)
 from fastprompt.ops.prompt_attention import (
     check_attention,
     forward_eager,
     gradients_eager,
     is_plain,
     plain_attention,
-)
-from fastprompt.ops.registration import (
-    accumulation_dtype,
-    as_gradient,
-    autocast,
-    define,
-    differentiate,
 )
 
 
@@ -38,7 +38,7 @@ def packed_prompt_attention(
     prompt_index: Tensor | None = None,
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """Attention of N tokens over themselves and prompts in one softmax.
+    """Return the attention of N tokens over themselves and prompts in one softmax.
 
     Args:
         qkv: [B, N, 3, H, d], what ``attn.qkv`` returns, unflattened; any strides.
@@ -110,14 +110,14 @@ def _flops_backward(grad: Any, qkv: Any, prompt_k: Any, *rest: Any, **kwargs: An
     return product * (N + P) * 5
 
 
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "packed_prompt_attention(Tensor qkv, Tensor? prompt_k, Tensor? prompt_v, Tensor? temperature, "
     "Tensor? prompt_index, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_fake,
     flops=_flops,
 )
 # `needs` says which of d(qkv), d(prompt_k), d(prompt_v), d(temperature) somebody reads; the others are empty.
-_BACKWARD = define(
+_BACKWARD = define_operator(
     "packed_prompt_attention_backward(Tensor grad, Tensor qkv, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -146,8 +146,8 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     return (*wanted, None, None, None)
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
 
 
@@ -187,7 +187,7 @@ def _backward_eager(
     )
 
 
-triton_backend.serve("packed_prompt_attention", "prompt_attention", "packed_forward")
-triton_backend.serve("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
+dispatch.register_triton("packed_prompt_attention", "prompt_attention", "packed_forward")
+dispatch.register_triton("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
 dispatch.register("packed_prompt_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("packed_prompt_attention_backward", "eager", _backward_eager, dispatch.always)

@@ -2,8 +2,8 @@
 
     out = softmax([q·kᵀ ; q·k_pᵀ] · scale / temperature) · [v ; v_p]
 
-This is self-attention with prompts (VPT, Jia et al., ECCV 2022, eq. 4-5) for the rows somebody reads: the queries of
-prompts, whose outputs the next block throws away, are never made. The temperature is GateVPT's (Yoo et al., ICML 2023).
+This is self-attention with prompts (VPT, Jia et al., ECCV 2022, eq. 4-5) without the queries of the prompts, whose
+outputs the next block discards. The temperature is GateVPT's (Yoo et al., ICML 2023).
 
 `prompt_attention_reference` is the specification; the operator `fastprompt::prompt_attention` is checked against it.
 """
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
+from fastprompt.ops import dispatch
+from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
+from fastprompt.ops.operator import (
     accumulation_dtype,
-    as_gradient,
     autocast,
-    autocast_enabled,
-    define,
-    differentiate,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
 )
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,20 +42,20 @@ def prompt_attention(
     prompt_index: Tensor | None = None,
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """Attention of image queries over image and prompt keys in one softmax.
+    """Return the attention of image queries over image and prompt keys in one softmax.
 
-    `N` counts image tokens, prefix tokens included and prompts excluded. Any strides are taken as they are, such as
-    views of a packed ``qkv``.
+    `N` counts image tokens, prefix tokens included and prompts excluded. Tensors may have any strides, such as views of
+    a packed ``qkv``.
 
     Args:
-        q: [B, Nq, H, d]; Nq may differ from N (one class-token row, say).
+        q: [B, Nq, H, d]; Nq may differ from N (for example one class-token row).
         k, v: [B, N, H, d]; N may be 0, for attention over prompts alone.
         prompt_k, prompt_v: [P, H, d] shared by the batch, [B, P, H, d] one set per image, or, with `prompt_index`, a
             table [T, P, H, d]. P may be 0.
         scale: factor on q·k; default d**-0.5.
         temperature: one-element tensor that divides the scaled scores; differentiable.
         prompt_index: integers [B], the row of the table that each image uses.
-        backend: "auto", or the backend that has to serve this call (:func:`fastprompt.backends`).
+        backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
         [B, Nq, H, d], contiguous.
@@ -63,7 +63,7 @@ def prompt_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
         IndexError: a `prompt_index` outside the table (CPU; on a GPU NaN for that image, or a device-side assertion).
-        NotImplementedError: `backend` names one that cannot serve this call.
+        NotImplementedError: `backend` names one that cannot run this call.
     """
     check_attention(q, k, v, prompt_k, prompt_v, temperature, prompt_index)
     if prompt_k is not None and prompt_k.shape[-3] == 0:
@@ -88,9 +88,9 @@ def prompt_attention_reference(
     temperature: Tensor | None = None,
     prompt_index: Tensor | None = None,
 ) -> Tensor:
-    """The specification of :func:`prompt_attention`: plain PyTorch, in float32 or better, autocast off.
+    """Return what :func:`prompt_attention` does: its specification, plain PyTorch in float32 or better, autocast off.
 
-    Returns [B, Nq, H, d] in q's dtype; differentiable any number of times.
+    [B, Nq, H, d] in q's dtype; differentiable any number of times.
     """
     with torch.autocast(q.device.type, enabled=False):
         wide = accumulation_dtype(q.dtype)
@@ -106,7 +106,7 @@ def prompt_attention_reference(
 
 
 def _all_keys(image: Tensor, prompt: Tensor | None, index: Tensor | None) -> Tensor:
-    """[B, N, H, d] and prompts of any of the three kinds -> [B, N + P, H, d]."""
+    """Join [B, N, H, d] and prompts of any of the three kinds to [B, N + P, H, d]."""
     if prompt is None:
         return image
     if index is not None:
@@ -126,6 +126,8 @@ def check_attention(
     temperature: Tensor | None,
     prompt_index: Tensor | None,
 ) -> None:
+    """Raise ValueError or TypeError unless the arguments of :func:`prompt_attention` fit each other."""
+
     def fail(what: str) -> None:
         raise ValueError(f"`prompt_attention`: {what}")
 
@@ -143,9 +145,7 @@ def check_attention(
         fail("`prompt_k` and `prompt_v` come together; got one of them; pass both or neither")
     if prompt_k is None and prompt_index is not None:
         fail("`prompt_index` needs the table it points into; pass `prompt_k` and `prompt_v` as [T, P, H, d]")
-    tensors = {"k": k, "v": v}
     if prompt_k is not None and prompt_v is not None:
-        tensors.update(prompt_k=prompt_k, prompt_v=prompt_v)
         if prompt_k.shape != prompt_v.shape:
             fail(
                 f"`prompt_k` and `prompt_v` differ in shape: {tuple(prompt_k.shape)}, {tuple(prompt_v.shape)}"
@@ -161,32 +161,18 @@ def check_attention(
                     f"`prompt_index` must be int64 or int32 of shape [B] = [{B}]; "
                     f"got {prompt_index.dtype} of shape {tuple(prompt_index.shape)}"
                 )
-            tensors["prompt_index"] = prompt_index
         elif shape[-2:] != (H, d) or len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != B):
             fail(
                 f"`prompt_k` must be [P, H, d] or [B, P, H, d] with B={B}, H={H}, d={d}; got {shape}; "
                 "reshape it, or pass `prompt_index` if it is a table [T, P, H, d]"
             )
     if temperature is not None:
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            fail(
-                "`temperature` must be a floating-point tensor of one element; "
-                f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
-            )
-        tensors["temperature"] = temperature
+        check_one_element("prompt_attention", "temperature", temperature)
     if k.shape[1] == 0 and (prompt_k is None or prompt_k.shape[-3] == 0):
         fail("there is no key to attend to: `k` has N=0 rows and there are no prompts")
-    for name, tensor in tensors.items():
-        if tensor.device != q.device:
-            fail(f"`{name}` is on {tensor.device} and `q` on {q.device}; move it there")
-    if not q.is_floating_point():
-        raise TypeError(f"`prompt_attention`: `q` must be floating point; got {q.dtype}; convert it")
-    if not autocast_enabled(q):
-        for name in ("k", "v", "prompt_k", "prompt_v"):
-            if name in tensors and tensors[name].dtype != q.dtype:
-                raise TypeError(
-                    f"`prompt_attention`: `{name}` is {tensors[name].dtype} and `q` {q.dtype}; convert one of them"
-                )
+    others = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    free = {"temperature": temperature, "prompt_index": prompt_index}
+    check_devices_and_dtypes("prompt_attention", "q", q, {**others, **free}, any_dtype=free)
 
 
 def _fake(
@@ -230,14 +216,14 @@ def _flops_backward(grad: Any, q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any
     )
 
 
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, Tensor? temperature, "
     "Tensor? prompt_index, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_fake,
     flops=_flops,
 )
 # `needs` says which of dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) somebody reads; the others are empty.
-_BACKWARD = define(
+_BACKWARD = define_operator(
     "prompt_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -268,17 +254,17 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     return (*wanted, None, None, None)
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 
 
 # The backend `eager` --------------------------------------------------------------------------------------------
 #
-# On a CPU, SDPA's flash kernel over [keys ; prompt keys] is the fastest form there is: the copy that joins them costs
-# 0.5 of 8 ms at [8, 197, 12, 64] with P = 10, where two segments merged by their LSEs, or plain products for one image
-# at a time, take 8.2 and 9.3 ms (Xeon with AVX-512, 2 threads, float32). Its backward in bfloat16 takes 49 ms, plain
-# products 34 and the float32 backward 17, casts not counted: the backward always runs in float32 or better.
+# On a CPU, SDPA's flash kernel over [keys ; prompt keys] is the fastest form: joining them costs 0.5 of 8 ms at
+# [8, 197, 12, 64] with P = 10; two segments merged by their LSEs take 8.2 ms, plain products for one image at a time
+# 9.3 ms (Xeon with AVX-512, 2 threads, float32). Its backward takes 49 ms in bfloat16, plain products 34, and its
+# float32 backward 17, casts not counted: the backward always runs in float32 or better.
 
 
 def forward_eager(
@@ -296,7 +282,7 @@ def forward_eager(
     _check_index(prompt_k, prompt_index)
     keys = _all_keys(k, prompt_k, prompt_index)
     values = _all_keys(v, prompt_v, prompt_index)
-    if _flash_serves(q, keys):
+    if _flash_runs(q, keys):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_heads_first(q, keys, values), 0.0, False, scale=_divide(scale, temperature)
         )
@@ -346,17 +332,17 @@ def gradients_eager(
     scale: float,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """The gradients that are needed, in the accumulation dtype and in whatever strides they were made."""
+    """Return the gradients that are needed, in the accumulation dtype and with any strides."""
     wide = accumulation_dtype(q.dtype)
     grad, q, k, v, out = (x.to(wide) for x in (grad, q, k, v, out))
     if prompt_k is not None and prompt_v is not None:
         prompt_k, prompt_v = prompt_k.to(wide), prompt_v.to(wide)
     if not needs_image_keys(needs):
-        # Nothing before this block trains: the prompt columns alone, [B, H, Nq, P].
+        # Nothing before this block trains: only the prompt columns, [B, H, Nq, P].
         keys, values = (_all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v)))
     else:
         keys, values = _all_keys(k, prompt_k, prompt_index), _all_keys(v, prompt_v, prompt_index)
-    if needs_image_keys(needs) and _flash_serves(q, keys):
+    if needs_image_keys(needs) and _flash_runs(q, keys):
         dq, dkeys, dvalues = (
             x.transpose(1, 2)
             for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -392,7 +378,7 @@ def _backward_by_products(
     temperature: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [B, Nq, H, d], d(keys) and d(values) [B, N, H, d] by matrix products; those nobody needs are empty."""
+    """Return dq [B, Nq, H, d], d(keys) and d(values) [B, N, H, d] by matrix products; those not needed are empty."""
     grad, q, keys, values, out = _heads_first(grad, q, keys, values, out)
     logits = torch.matmul(q, keys.mT).mul_(scale)
     if temperature is not None:
@@ -414,34 +400,34 @@ def _backward_by_products(
 
 
 def _reduce_prompts(gradient: Tensor, prompt: Tensor, index: Tensor | None) -> Tensor:
-    """Per-image prompt gradients [B, P, H, d] -> the shape of `prompt`."""
+    """Reduce per-image prompt gradients [B, P, H, d] to the shape of `prompt`."""
     if index is not None:
         return torch.zeros_like(prompt).index_add_(0, index, gradient)
     return gradient.sum(0) if prompt.ndim == 3 else gradient
 
 
 def needs_image_keys(needs: Sequence[bool]) -> bool:
-    """Whether any gradient needs the image columns of the softmax; d(prompt_k) and d(prompt_v) do not."""
+    """Return whether a gradient needs the image columns of the softmax; d(prompt_k) and d(prompt_v) do not."""
     return needs[0] or needs[1] or needs[2] or needs[5]
 
 
 def is_plain(q: Tensor, backend: str) -> bool:
-    """Whether attention without prompts is served by no kernel of ours, so that PyTorch's own is the shorter way."""
-    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.only_eager("prompt_attention")
+    """Return whether no kernel here runs attention without prompts, so that PyTorch's own takes the shorter way."""
+    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention", q)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """PyTorch's own operator, with its own gradient and nothing around it: [B, Nq, H, d]."""
+    """Return PyTorch's own attention [B, Nq, H, d], with its own gradient."""
     q, k, v = _heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
-def _flash_serves(q: Tensor, keys: Tensor) -> bool:
+def _flash_runs(q: Tensor, keys: Tensor) -> bool:
     return q.device.type == "cpu" and q.numel() > 0 and keys.numel() > 0
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[B, N, H, d] -> [B, H, N, d]; the flash kernel wants the last dimension dense."""
+    """Transpose [B, N, H, d] to [B, H, N, d], the last dimension dense as the flash kernel requires."""
     return tuple((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors)
 
 
@@ -456,12 +442,12 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
     low, high = (int(x) for x in index.aminmax())
     if low < 0 or high >= prompt_k.shape[0]:
         raise IndexError(
-            f"`prompt_attention`: `prompt_index` runs from {low} to {high}, but the table holds "
-            f"T={prompt_k.shape[0]} sets; use 0..{prompt_k.shape[0] - 1}"
+            f"`prompt_attention`: `prompt_index` must be in 0..{prompt_k.shape[0] - 1}; got {low} to {high} for a table of "
+            f"T={prompt_k.shape[0]} sets"
         )
 
 
-triton_backend.serve("prompt_attention", "prompt_attention", "forward")
-triton_backend.serve("prompt_attention_backward", "prompt_attention", "backward")
+dispatch.register_triton("prompt_attention", "prompt_attention", "forward")
+dispatch.register_triton("prompt_attention_backward", "prompt_attention", "backward")
 dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
 dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)

@@ -4,8 +4,8 @@ Direct (Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025):
 
     q = W_q·x + b_q,  k = W_k·p + b_k,  v = W_v·p + b_v,  out = W_proj·[softmax(q·kᵀ·scale)·v] + b_proj
 
-Folded, the same numbers: the weights are frozen and p depends on no image, so that for each head
-A_h = scale·k_h·W_q,h, a_h = scale·k_h·b_q,h and V'_h = v_h·W_proj,hᵀ are made once for the whole batch, and
+Folded, with the same numbers: the weights are frozen and p depends on no image, so for each head
+A_h = scale·k_h·W_q,h, a_h = scale·k_h·b_q,h and V'_h = v_h·W_proj,hᵀ are computed once for the whole batch, and
 
     out = softmax_h(x·Aᵀ + a)·V' + b_proj
 
@@ -22,15 +22,16 @@ from einops import rearrange
 from torch import Tensor
 
 from fastprompt.ops import dispatch
+from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.folded_cross_attention import FoldedPrompts, folded_cross_attention
+from fastprompt.ops.operator import accumulation_dtype
 from fastprompt.ops.prompt_attention import prompt_attention
-from fastprompt.ops.registration import accumulation_dtype, autocast_enabled
 
 Form = Literal["auto", "folded", "direct"]
 
 
 class AttentionWeights(NamedTuple):
-    """The four maps of a self-attention, shared by reference: weights [H·d, D] (`proj` [D, H·d]), biases or None."""
+    """The four maps of a self-attention: weights [H·d, D] (`proj` [D, H·d]), biases or None."""
 
     q_weight: Tensor
     q_bias: Tensor | None
@@ -59,16 +60,16 @@ def prompt_cross_attention(
     form: Form = "auto",
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """Cross-attention of every token to the prompts, by the weights of self-attention (CVPT).
+    """Return the cross-attention of every token to the prompts, with the weights of self-attention (CVPT).
 
     Args:
         x: [B, N, D].
         prompts: [P, D] shared by the batch, or [B, P, D] one set per image (always the direct form).
-        weights: the attention's own maps; differentiable in those that require it.
+        weights: the attention's own maps; those that require a gradient get it.
         num_heads: H; head_dim d = rows of `q_weight` / H.
         scale: factor on q·k; default d**-0.5.
         form: "folded", "direct", or "auto", the one with fewer operations (:func:`choose_form`).
-        backend: "auto", or the backend that has to serve this call.
+        backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
         [B, N, D]; zeros plus the projection's bias when P = 0, as attention to nothing adds nothing.
@@ -86,17 +87,17 @@ def prompt_cross_attention(
     if form == "auto":
         form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
     if form == "folded":
-        return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)
+        return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)[0]
     return direct_cross_attention(
         x, project_prompts(prompts, weights, H), weights, scale=scale, backend=backend
     )
 
 
 def choose_form(tokens: int | None, prompts: Tensor, D: int, H: int, d: int) -> Literal["folded", "direct"]:
-    """The form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
+    """Return the form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
 
-    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once, 8·P·D·H·d and 4·P·D·H·d. `tokens` None
-    leaves out what is done once (constants). Prompts of one image each cannot be folded.
+    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once per batch, 8·P·D·H·d and 4·P·D·H·d. With
+    `tokens` None the latter are not counted. Prompts that differ by image cannot be folded.
     """
     if prompts.ndim == 3:
         return "direct"
@@ -125,7 +126,7 @@ def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, sca
 
 
 def project_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int) -> ProjectedPrompts:
-    """Keys and values of prompts [P, D] or [B, P, D]: [P, H, d] or [B, P, H, d]."""
+    """Return keys and values [P, H, d] or [B, P, H, d] of prompts [P, D] or [B, P, D]."""
     split = "... P (H d) -> ... P H d"
     k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias), split, H=num_heads)
     v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), split, H=num_heads)
@@ -140,7 +141,7 @@ def direct_cross_attention(
     scale: float | None = None,
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """The direct form for x [B, N, D] -> [B, N, D]: queries, attention over the prompts alone, projection."""
+    """Return the direct form for x [B, N, D]: queries, attention over the prompts only, projection."""
     q = F.linear(x, weights.q_weight, weights.q_bias)
     q = rearrange(q, "B N (H d) -> B N H d", H=projected.key.shape[-2])
     nothing = q[:, :0]
@@ -151,7 +152,7 @@ def direct_cross_attention(
 def prompt_cross_attention_reference(
     x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int, *, scale: float | None = None
 ) -> Tensor:
-    """The specification of :func:`prompt_cross_attention`: the direct form in plain PyTorch, float32 or better."""
+    """Return what :func:`prompt_cross_attention` does: its specification, the direct form in float32 or better."""
     with torch.autocast(x.device.type, enabled=False):
         wide = accumulation_dtype(x.dtype)
         w = AttentionWeights(*(None if t is None else t.to(wide) for t in weights))  # type: ignore[arg-type]
@@ -181,7 +182,7 @@ def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int
     if len(shape) not in (2, 3) or shape[-1] != D or (len(shape) == 3 and shape[0] != B):
         fail(f"`prompts` must be [P, D] or [B, P, D] with B={B}, D={D}; got {shape}")
     if len(shape) == 3 and form == "folded":
-        fail("prompts of one image each, [B, P, D], cannot be folded; use form='direct' or 'auto'")
+        fail(f"`prompts` {shape}, which differ by image, cannot be folded; use form='direct' or 'auto'")
     width = weights.q_weight.shape[0]
     if num_heads < 1 or width % num_heads:
         fail(f"`num_heads` must divide the attention's width {width}; got {num_heads}")
@@ -195,12 +196,4 @@ def _check(x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int
         bias = getattr(weights, name)
         if bias is not None and bias.shape != (size,):
             fail(f"`{name}` must be [{size}] or None; got {tuple(bias.shape)}")
-    for name, tensor in (("prompts", prompts), *weights._asdict().items()):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            fail(f"`{name}` is on {tensor.device} and `x` on {x.device}; move it there")
-        if tensor.dtype != x.dtype and not autocast_enabled(x):
-            raise TypeError(
-                f"`prompt_cross_attention`: `{name}` is {tensor.dtype} and `x` {x.dtype}; convert one of them"
-            )
+    check_devices_and_dtypes("prompt_cross_attention", "x", x, {"prompts": prompts, **weights._asdict()})

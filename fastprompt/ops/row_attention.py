@@ -1,12 +1,12 @@
 """Attention of a few query rows, with the key and value maps folded into the query and the output.
 
-With R query rows of an image the keys and values of its N rows need not be made: for each head,
+With R query rows of an image the keys and values of its N rows need not be computed: for each head,
 
     q·k_jᵀ = (W_kᵀ·q)·h_j + q·b_k,   Σ_j p_j·v_j = W_v·(Σ_j p_j·h_j) + b_v,
 
-the softmax ignores q·b_k, and Σ p_j = 1. What is left is attention of R·H rows to the normed rows h themselves, the
-operator `fastprompt::folded_row_attention`, with small products before and after it. That is the last block of a
-class-token model, whose head reads one row. Not with q/k norm or rope: they act on made keys.
+the softmax ignores q·b_k, and Σ p_j = 1. What remains is attention of R·H rows to the normed rows h themselves, the
+operator `fastprompt::folded_row_attention`, with small products before and after it. The last block of a class-token
+model uses it, as its head reads one row. q/k norm and rope act on computed keys and are not supported.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch, triton_backend
-from fastprompt.ops.registration import (
+from fastprompt.ops import dispatch
+from fastprompt.ops.checks import check_devices_and_dtypes
+from fastprompt.ops.operator import (
     accumulation_dtype,
-    as_gradient,
     autocast,
-    autocast_enabled,
-    define,
-    differentiate,
+    define_operator,
+    mark_as_backward,
+    register_gradient,
 )
 
 
@@ -41,24 +41,24 @@ def row_attention(
     temperature: Tensor | None = None,
     backend: str = dispatch.AUTO,
 ) -> Tensor:
-    """softmax([q·kᵀ ; q·k_pᵀ]·scale/temperature)·[v ; v_p], k and v being linear maps of `rows` that are never made.
+    """Return softmax([q·kᵀ ; q·k_pᵀ]·scale/temperature)·[v ; v_p] without computing k and v, linear maps of `rows`.
 
     Args:
         q: [B, R, H, d], projected queries; R is small (1 for a class token).
         rows: [B, N, D], the input of the key and value maps.
-        prompt_rows: [P, D] or [B, P, D], the prompts' input of the same maps, or None.
+        prompt_rows: [P, D] or [B, P, D], the prompts' input to the same maps, or None.
         k_weight, v_weight: [H·d, D].
-        v_bias: [H·d] or None. (The key's bias has no effect.)
+        v_bias: [H·d] or None. (The keys' bias has no effect.)
         scale: factor on q·k; default d**-0.5.
         temperature: one-element tensor that divides the scaled scores, or None.
-        backend: "auto", or the backend that has to serve the attention itself.
+        backend: "auto", or the backend that must run the attention itself.
 
     Returns:
         [B, R, H, d].
 
     Raises:
         ValueError: `rows` and `prompt_rows` do not fit each other or the maps; the message names value and remedy.
-        NotImplementedError: `backend` names one that cannot serve this call.
+        NotImplementedError: `backend` names one that cannot run this call.
     """
     H, d = q.shape[2:]
     scale = d**-0.5 if scale is None else scale
@@ -81,20 +81,20 @@ def row_attention(
 def folded_row_attention(
     query: Tensor, rows: Tensor, prompt_rows: Tensor | None = None, *, backend: str = dispatch.AUTO
 ) -> Tensor:
-    """softmax([query·rowsᵀ ; query·prompt_rowsᵀ])·[rows ; prompt_rows]: the rows are keys and values at once.
+    """Return softmax([query·rowsᵀ ; query·prompt_rowsᵀ])·[rows ; prompt_rows]: the rows are both keys and values.
 
     Args:
         query: [B, M, D], already scaled; M = R·H is small (12 for a class token of ViT-B).
-        rows: [B, N, D]; N may be 0, for attention to prompt rows alone.
+        rows: [B, N, D]; N may be 0, for attention to prompt rows only.
         prompt_rows: [P, D] shared by the batch, [B, P, D] one set per image, or None. P may be 0.
-        backend: "auto", or the backend that has to serve this call (:func:`fastprompt.backends`).
+        backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
         [B, M, D], contiguous.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
-        NotImplementedError: `backend` names one that cannot serve this call.
+        NotImplementedError: `backend` names one that cannot run this call.
     """
     _check(query, rows, prompt_rows)
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
@@ -106,9 +106,9 @@ def folded_row_attention(
 
 
 def folded_row_attention_reference(query: Tensor, rows: Tensor, prompt_rows: Tensor | None = None) -> Tensor:
-    """The specification of :func:`folded_row_attention`: plain PyTorch, in float32 or better, autocast off.
+    """Return what :func:`folded_row_attention` does: its specification, plain PyTorch in float32 or better.
 
-    Returns [B, M, D] in query's dtype; differentiable any number of times.
+    [B, M, D] in query's dtype; differentiable any number of times.
     """
     with torch.autocast(query.device.type, enabled=False):
         wide = accumulation_dtype(query.dtype)
@@ -129,9 +129,7 @@ def _check(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> None:
         fail(f"`rows` must be [B, N, D] with B={B}, D={D} as in `query`; got {tuple(rows.shape)}")
     if D == 0:
         fail("the width is 0; `query` must be [B, M, D] with D >= 1")
-    tensors = {"rows": rows}
     if prompt_rows is not None:
-        tensors["prompt_rows"] = prompt_rows
         shape = tuple(prompt_rows.shape)
         if len(shape) not in (2, 3) or shape[-1] != D or (len(shape) == 3 and shape[0] != B):
             fail(f"`prompt_rows` must be [P, D] or [B, P, D] with B={B}, D={D}; got {shape}; reshape it")
@@ -139,20 +137,8 @@ def _check(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> None:
         fail(
             "there is no row to attend to: `rows` has N=0 and there are no prompt rows; pass one or the other"
         )
-    for name, tensor in tensors.items():
-        if tensor.device != query.device:
-            fail(f"`{name}` is on {tensor.device} and `query` on {query.device}; move it there")
-    if not query.is_floating_point():
-        raise TypeError(
-            f"`folded_row_attention`: `query` must be floating point; got {query.dtype}; convert it"
-        )
-    if not autocast_enabled(query):
-        for name, tensor in tensors.items():
-            if tensor.dtype != query.dtype:
-                raise TypeError(
-                    f"`folded_row_attention`: `{name}` is {tensor.dtype} and `query` {query.dtype}; "
-                    "convert one of them"
-                )
+    others = {"rows": rows, "prompt_rows": prompt_rows}
+    check_devices_and_dtypes("folded_row_attention", "query", query, others)
 
 
 # The operator ---------------------------------------------------------------------------------------------------
@@ -196,14 +182,14 @@ def _flops_backward(grad: Any, query: Any, rows: Any, prompt_rows: Any, *rest: A
     return 2 * B * M * D * products
 
 
-_OPERATOR = define(
+_OPERATOR = define_operator(
     "folded_row_attention(Tensor query, Tensor rows, Tensor? prompt_rows, str backend) "
     "-> (Tensor context, Tensor lse)",
     fake=_fake,
     flops=_flops,
 )
 # `needs` says which of d(query), d(rows), d(prompt_rows) somebody reads; the others are empty.
-_BACKWARD = define(
+_BACKWARD = define_operator(
     "folded_row_attention_backward(Tensor grad, Tensor query, Tensor rows, Tensor? prompt_rows, Tensor context, "
     "Tensor lse, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
@@ -218,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
     ctx.backend = backend
     if not _needs_image_rows(ctx.needs_input_grad):
-        # `lse` and `context` say all that the gradient of prompt rows has to know of the others.
+        # The gradient of prompt rows needs no more of the others than `lse` and `context`.
         rows = rows.new_empty((rows.shape[0], 0, rows.shape[2]))
     ctx.save_for_backward(query, rows, prompt_rows, context, lse)
 
@@ -237,8 +223,8 @@ def _needs_image_rows(needs: Sequence[bool]) -> bool:
     return needs[0] or needs[1]
 
 
-differentiate(_OPERATOR, setup=_setup, backward=_backward)
-as_gradient(_BACKWARD)
+register_gradient(_OPERATOR, setup=_setup, backward=_backward)
+mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
 
 
@@ -271,7 +257,7 @@ def _backward_eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_query, need_rows, need_prompt = needs
     M = query.shape[1]
-    # Two products of a tall matrix where four of its halves would read the rows twice as often.
+    # Two products with a tall matrix; four with its halves would read the rows twice as often.
     both = torch.cat([query, grad], dim=1)  # [B, 2·M, D]
     if not _needs_image_rows(needs):
         rows = rows[:, :0]
@@ -282,11 +268,11 @@ def _backward_eager(
     scores, d_weights = products.to(lse.dtype).chunk(2, dim=1)
     weights = (scores - lse.unsqueeze(-1)).exp_()
     if _needs_image_rows(needs):
-        # Of the rounded products, so that the score of a lone row gets a gradient of 0 in any dtype.
+        # From the rounded products, so that the score of a single row gets a gradient of 0 in any dtype.
         delta = (weights * d_weights).sum(-1, keepdim=True)
     else:
         delta = (grad * context).sum(-1, keepdim=True, dtype=lse.dtype)
-    # What multiplies [query ; grad] in the gradients of the rows.
+    # The gradients of the rows are these factors times [query ; grad].
     factors = torch.cat([(d_weights - delta).mul_(weights), weights], dim=1).to(query.dtype)
     of_rows, of_prompt = factors[..., :N], factors[..., N:]
     d_query, d_rows, d_prompt = (query.new_empty(0) for _ in range(3))
@@ -306,5 +292,5 @@ def _backward_eager(
 
 dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
-triton_backend.serve("folded_row_attention", "row_attention", "forward")
-triton_backend.serve("folded_row_attention_backward", "row_attention", "backward")
+dispatch.register_triton("folded_row_attention", "row_attention", "forward")
+dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")

@@ -13,7 +13,7 @@ from fastprompt import blocks, vit
 from fastprompt.methods import CVPT
 from fastprompt.model import PromptModel
 from fastprompt.ops import project_prompts
-from fastprompt.ops.registration import accumulation_dtype
+from fastprompt.ops.operator import accumulation_dtype
 from fastprompt.viz.rows import Entering, checked_block, entering, evaluating
 
 

@@ -14,7 +14,7 @@ from fastprompt.methods.class_map import normalise
 from fastprompt.methods.da_vpt import block_view
 from fastprompt.methods.proxy_loss import similarities
 from fastprompt.model import PromptModel
-from fastprompt.ops.registration import accumulation_dtype
+from fastprompt.ops.operator import accumulation_dtype
 from fastprompt.viz.rows import (
     checked_block,
     checked_model,

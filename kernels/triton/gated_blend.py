@@ -1,7 +1,7 @@
 """Gated prompt blending, alone or with the LayerNorm that follows: one pass over the sequence, one row at a time.
 
-A program holds whole rows, so that mean and variance cost no second pass. Prompt rows differ from the others by one
-masked load. The backward leaves one number for each prompt row; without atomics, their sum is the same bits every run.
+A program holds whole rows, so that mean and variance need no second pass. Prompt rows differ from the others by one
+masked load. The backward writes one number for each prompt row; without atomics, their sum is the same bits every run.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton.gated_blend_config import MAX_WIDTH, choose
 
-# Sizes of a batch: a kernel for each of their divisibilities would be compiled to no purpose.
+# Sizes of a batch: no kernel is compiled for each of their divisibilities.
 _SIZES = ["count", "first", "span", "N", "start", "length"]
 
 
@@ -20,7 +20,7 @@ _SIZES = ["count", "first", "span", "N", "start", "length"]
 def _row_starts(p_base, i_b, i_n, stride_b, stride_n, ALIGNED: tl.constexpr):
     p_row = p_base + i_b.to(tl.int64) * stride_b + i_n.to(tl.int64) * stride_n
     if ALIGNED:
-        # A width of 1000 hides it, and without it loads are as narrow as one element.
+        # A width of 1000 hides the alignment; without it loads are as narrow as one element.
         p_row = tl.multiple_of(p_row, 16)
     return p_row  # [ROWS]
 
@@ -40,9 +40,9 @@ def gated_blend_fwd_kernel(
     eps, count, N, start, length,
     stride_xb, stride_xn, stride_xd, stride_db, stride_dn, stride_dd, stride_pb, stride_pn, stride_pd,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`count` rows [D] of x + delta, blended and, with NORM, normed."""
+    """Compute `count` rows [D] of x + delta, blended and, with NORM, normed."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -52,18 +52,17 @@ def gated_blend_fwd_kernel(
 
     y = _load(_row_starts(p_x, i_b, i_n, stride_xb, stride_xn, ALIGNED), o_d, stride_xd, mask)
     y += _load(_row_starts(p_delta, i_b, i_n, stride_db, stride_dn, ALIGNED), o_d, stride_dd, mask)
-    if HAS_GATE:
-        gate = tl.load(p_gate).to(tl.float32)
-        m_blend = (i_n >= start) & (i_n < start + length)
-        p_row = _row_starts(p_prompt, i_b, i_n - start, stride_pb, stride_pn, ALIGNED)
-        b_prompt = _load(p_row, o_d, stride_pd, mask & m_blend[:, None])
-        y = tl.where(m_blend[:, None], gate * y + (1 - gate) * b_prompt, y)  # [ROWS, BLOCK_D]
+    gate = tl.load(p_gate).to(tl.float32)
+    m_blend = (i_n >= start) & (i_n < start + length)
+    p_row = _row_starts(p_prompt, i_b, i_n - start, stride_pb, stride_pn, ALIGNED)
+    b_prompt = _load(p_row, o_d, stride_pd, mask & m_blend[:, None])
+    y = tl.where(m_blend[:, None], gate * y + (1 - gate) * b_prompt, y)  # [ROWS, BLOCK_D]
     y = y.to(p_y.dtype.element_ty)
     o_out = o_row.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_y + o_out, y, mask=mask)
 
     if NORM:
-        # Of the rounded y, which is what the next reader of y sees.
+        # Of the rounded y, which is what the next operation reads.
         y = y.to(tl.float32)
         mean = tl.sum(y, 1) / D
         y = tl.where(m_d[None, :], y - mean[:, None], 0.0)
@@ -87,7 +86,7 @@ def gated_blend_bwd_kernel(
     HAS_DY: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_GATE: tl.constexpr,
     NEED_INPUT: tl.constexpr, NEED_PROMPT: tl.constexpr, NEED_GATE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows first .. first+span of every image, `count` in all."""
+    """Compute the gradients of the rows first .. first+span of every image, `count` in all."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -127,56 +126,23 @@ def gated_blend_bwd_kernel(
         tl.store(p_dx + o_flat[:, None] * D + o_d[None, :], dx.to(p_dx.dtype.element_ty), mask=mask)
 
 
-def forward(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int) -> Tensor:
-    """x + delta [B, N, D], with the rows start .. start+length blended with `prompt_in` by `gate`."""
-    y = x.new_empty(x.shape)
-    _launch_forward(x, delta, prompt_in, gate, start, length, y)
-    return y
-
-
-def can_forward(x: Tensor, *args: object) -> str | None:
-    return _cannot_serve(x)
-
-
-def norm_forward(
+def forward(
     x: Tensor,
     delta: Tensor,
     prompt_in: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     start: int,
     length: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same and its LayerNorm [B, N, D], with mean and 1/deviation [B, N] of every row in float32."""
-    y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    _launch_forward(x, delta, prompt_in, gate, start, length, y, normed, mean, rstd, weight, bias, eps)
-    return y, normed, mean, rstd
-
-
-def can_norm_forward(x: Tensor, *args: object) -> str | None:
-    return _cannot_serve(x)
-
-
-def _launch_forward(
-    x: Tensor,
-    delta: Tensor,
-    prompt_in: Tensor,
-    gate: Tensor | None,
-    start: int,
-    length: int,
-    y: Tensor,
-    normed: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 0.0,
-) -> None:
+    """Return y, LayerNorm(y) [B, N, D], mean and rstd [B, N] in float32; all but y are empty if `eps` is None."""
     B, N, D = x.shape
-    config = choose(launch.architecture(x.device), "forward", D)
+    norm = eps is not None
+    y, normed = x.new_empty(x.shape), x.new_empty(x.shape if norm else 0)
+    mean, rstd = (x.new_empty((B, N) if norm else 0, dtype=torch.float32) for _ in range(2))
+    config = choose(launch.architecture(x.device), "fwd", D, norm)
     launch.launch(
         gated_blend_fwd_kernel,
         (triton.cdiv(B * N, config.rows),),
@@ -190,48 +156,40 @@ def _launch_forward(
         p_weight=None if weight is None else weight.contiguous(),
         p_bias=None if bias is None else bias.contiguous(),
         p_y=y,
-        p_normed=normed,
-        p_mean=mean,
-        p_rstd=rstd,
-        eps=eps,
+        p_normed=normed if norm else None,
+        p_mean=mean if norm else None,
+        p_rstd=rstd if norm else None,
+        eps=eps or 0.0,
         count=B * N,
         N=N,
         start=start,
         length=length,
-        **_strides("x", x),
-        **_strides("d", delta),
-        **_strides("p", prompt_in),
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        stride_xd=x.stride(2),
+        stride_db=delta.stride(0),
+        stride_dn=delta.stride(1),
+        stride_dd=delta.stride(2),
+        stride_pb=prompt_in.stride(0),
+        stride_pn=prompt_in.stride(1),
+        stride_pd=prompt_in.stride(2),
         D=D,
         BLOCK_D=triton.next_power_of_2(D),
         ROWS=config.rows,
-        NORM=normed is not None,
-        HAS_GATE=gate is not None,
+        NORM=norm,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ALIGNED=launch.aligned(x, delta, prompt_in),
     )
+    return y, normed, mean, rstd
+
+
+def can_forward(x: Tensor, *args: object) -> str | None:
+    """Return why :func:`forward` cannot run for x [B, N, D], or None."""
+    return unsupported_width(x.shape[-1]) or launch.unsupported(x)
 
 
 def backward(
-    grad: Tensor,
-    gate: Tensor,
-    difference: Tensor | None,
-    start: int,
-    length: int,
-    need_input: bool,
-    need_prompt: bool,
-    need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d(x) = d(delta) [B, N, D], d(prompt_in) [B, length, D] and d(gate); those not needed are empty."""
-    needs = (need_input, need_prompt, need_gate)
-    return norm_backward(grad, None, None, None, None, None, gate, difference, start, length, *needs)
-
-
-def can_backward(grad: Tensor, *args: object) -> str | None:
-    return _cannot_serve(grad)
-
-
-def norm_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor | None,
     y: Tensor | None,
@@ -242,21 +200,21 @@ def norm_backward(
     difference: Tensor | None,
     start: int,
     length: int,
-    need_input: bool,
-    need_prompt: bool,
-    need_gate: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the gradients of both outputs, one of which may be None."""
+    """Return d(x) = d(delta) [B, N, D], d(prompt_in) [B, length, D] and d(gate); those not needed are empty."""
+    need_input, need_prompt, need_gate = needs
     grads = [g for g in (grad_y, grad_normed) if g is not None]
     like = grads[0]
+    of_y, of_normed = like, grads[-1]  # for their strides; one may be missing
     B, N, D = like.shape
     d_input = like.new_empty(like.shape if need_input else 0)
     d_prompt = like.new_empty((B, length, D) if need_prompt else 0)
     d_gate = like.new_empty(0) if gate is None else gate.new_empty(0)
     partial = like.new_empty(B * length if need_gate else 0, dtype=torch.float32)
-    # Where only prompts or gate train, no other row is read.
+    # Where only prompts or gate train, other rows are not read.
     first, span = (0, N) if need_input else (start, length)
-    config = choose(launch.architecture(like.device), "backward", D)
+    config = choose(launch.architecture(like.device), "bwd", D, norm=grad_normed is not None)
     launch.launch(
         gated_blend_bwd_kernel,
         (triton.cdiv(B * span, config.rows),),
@@ -280,8 +238,12 @@ def norm_backward(
         N=N,
         start=start,
         length=length,
-        **_strides("y", like if grad_y is None else grad_y),
-        **_strides("n", like if grad_normed is None else grad_normed),
+        stride_yb=of_y.stride(0),
+        stride_yn=of_y.stride(1),
+        stride_yd=of_y.stride(2),
+        stride_nb=of_normed.stride(0),
+        stride_nn=of_normed.stride(1),
+        stride_nd=of_normed.stride(2),
         D=D,
         BLOCK_D=triton.next_power_of_2(D),
         ROWS=config.rows,
@@ -299,18 +261,13 @@ def norm_backward(
     return d_input, d_prompt, d_gate
 
 
-def can_norm_backward(
-    grad_y: Tensor | None, grad_normed: Tensor | None, y: Tensor, *args: object
-) -> str | None:
-    return _cannot_serve(y)
+def can_backward(grad_y: Tensor | None, grad_normed: Tensor | None, *args: object) -> str | None:
+    """Return why :func:`backward` cannot run for these gradients [B, N, D], or None."""
+    grad = grad_normed if grad_y is None else grad_y
+    assert grad is not None
+    return unsupported_width(grad.shape[-1]) or launch.unsupported(grad)
 
 
-def _cannot_serve(x: Tensor) -> str | None:
-    if not 1 <= x.shape[-1] <= MAX_WIDTH:
-        return f"it serves widths from 1 to {MAX_WIDTH}, not {x.shape[-1]}"
-    return launch.cannot_serve(x)
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    """The strides of x [B, N, D] under the kernels' names."""
-    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bnd")}
+def unsupported_width(width: int) -> str | None:
+    """Return why the kernels cannot run for rows of `width` elements, or None."""
+    return None if 1 <= width <= MAX_WIDTH else f"width {width} is not supported (1 to {MAX_WIDTH})"

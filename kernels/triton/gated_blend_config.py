@@ -1,26 +1,37 @@
-"""How the gated blend's kernels are laid out, by architecture, kernel and width."""
+"""Tile sizes of the gated blend's kernels, by architecture, kernel, width and norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import Literal, NamedTuple
+
+Kernel = Literal["fwd", "bwd"]
+
+
+class Key(NamedTuple):
+    """What an entry of the table is for: rows of up to `width` elements, with or without the `norm`."""
+
+    architecture: int
+    kernel: Kernel
+    width: int
+    norm: bool
 
 
 @dataclass(frozen=True)
 class Config:
-    """`rows` of the sequence to one program of `num_warps` warps."""
+    """A program of `num_warps` warps processes `rows` rows of the sequence."""
 
     rows: int
     num_warps: int
 
 
-Key = tuple[int, str, int]
-
-KINDS = ("forward", "backward")
+KERNELS: tuple[Kernel, ...] = ("fwd", "bwd")
 # The widest row that a program holds in registers without spilling.
 MAX_WIDTH = 4096
 
-# By the width, rounded up to a power of two. Both kernels are bound by memory: what counts is 16 bytes a load and
-# enough of them under way. Chosen by what the compiler makes of them, not by times: none were measured yet.
+# By the width, rounded up to a power of two. Both kernels are bound by memory: loads of 16 bytes, and enough of them in
+# flight. Chosen from the compiled code; not measured yet.
 _BY_WIDTH = {
     128: Config(rows=4, num_warps=1),
     256: Config(rows=2, num_warps=1),
@@ -29,30 +40,24 @@ _BY_WIDTH = {
     2048: Config(rows=1, num_warps=4),
     4096: Config(rows=1, num_warps=16),
 }
+# Architecture 0 is the interpreter, whose cost is the number of programs.
 TABLE: dict[Key, Config] = {
-    (architecture, kind, width): config
-    for architecture in (80, 90, 100)
-    for kind in KINDS
+    Key(architecture, kernel, width, norm): config if architecture else Config(rows=16, num_warps=1)
+    for architecture, kernel, norm in product((80, 90, 100, 0), KERNELS, (False, True))
     for width, config in _BY_WIDTH.items()
-} | {
-    # The interpreter pays for every program.
-    (0, kind, width): Config(rows=16, num_warps=1)
-    for kind in KINDS
-    for width in _BY_WIDTH
 }
 
 
-def choose(architecture: int, kind: str, width: int) -> Config:
-    """The configuration for rows of `width` elements, 1 to `MAX_WIDTH`."""
-    return TABLE[architecture, kind, next(w for w in _BY_WIDTH if w >= width)]
+def choose(architecture: int, kernel: Kernel, width: int, norm: bool) -> Config:
+    """Return the configuration for rows of `width` elements, 1 to `MAX_WIDTH`."""
+    return TABLE[Key(architecture, kernel, next(w for w in _BY_WIDTH if w >= width), norm)]
 
 
 def candidates(key: Key) -> list[Config]:
-    """What a tuner tries in place of `TABLE[key]`: 4 to 32 elements for each thread."""
-    width = key[2]
+    """Return what a tuner tries instead of `TABLE[key]`: 4 to 32 elements for each thread."""
     return [
         Config(rows, num_warps)
         for rows in (1, 2, 4, 8)
         for num_warps in (1, 2, 4, 8, 16)
-        if 4 <= rows * width // (32 * num_warps) <= 32
+        if 4 <= rows * key.width // (32 * num_warps) <= 32
     ]

@@ -1,4 +1,4 @@
-"""Launchers of prompt-augmented attention: which kernel serves a call, with which tiles."""
+"""Launchers of prompt-augmented attention: they choose the kernels of a call and their tiles."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
 def can_forward(q: Tensor, *args: Any) -> str | None:
-    """The reason why the kernels do not serve q [B, Nq, H, d], or None."""
+    """Return why the kernels cannot run for q [B, Nq, H, d], or None."""
     if q.shape[-1] > MAX_HEAD_DIM:
-        return f"it serves head_dim up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    return launch.cannot_serve(q)
+        return f"head_dim {q.shape[-1]} is not supported (up to {MAX_HEAD_DIM})"
+    return launch.unsupported(q)
 
 
 def can_backward(
@@ -47,7 +47,7 @@ def can_backward(
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
     if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"it serves up to {MAX_PROMPT_SETS} prompt sets, not {prompt_k.shape[0]}"
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
     return can_forward(q)
 
 
@@ -101,14 +101,15 @@ def forward(
     prompt_index: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Nq, H, d], contiguous, and the natural LSE [B, H, Nq] in float32."""
+    """Return out [B, Nq, H, d], contiguous, and the natural LSE [B, H, Nq] in float32."""
     B, Nq, H, d = q.shape
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Nq), dtype=torch.float32, device=q.device)
     inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
     arguments = inputs.arguments(out)
-    arguments.update(p_out=out, p_lse=lse, **_strides("o", "m", out))
-    config = choose("fwd", launch.architecture(q.device), d, Nq, inputs.keys, q.element_size() * 8)
+    stride_ob, stride_om, stride_oh, _ = out.stride()
+    arguments.update(p_out=out, p_lse=lse, stride_ob=stride_ob, stride_om=stride_om, stride_oh=stride_oh)
+    config = choose(launch.architecture(q.device), "fwd", d, Nq, inputs.keys, q.element_size())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.block_n:
         launch.launch(
@@ -153,9 +154,9 @@ def backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, prompt_k, prompt_v and temperature; those that `needs` does not ask for are empty.
+    """Return the gradients of q, k, v, prompt_k, prompt_v and temperature; those not in `needs` are empty.
 
-    Of k and v no rows need be there (N = 0) where only prompts train.
+    k and v may have no rows (N = 0) where only prompts train.
     """
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else x.new_empty(0)
@@ -166,7 +167,7 @@ def backward(
 
 
 class _Inputs:
-    """The operands of all kernels, as they want them, and what is read off their shapes."""
+    """The operands of all kernels, in the strides they require, and what follows from their shapes."""
 
     def __init__(
         self,
@@ -183,21 +184,22 @@ class _Inputs:
         self.temperature, self.scale = temperature, scale
         self.prompt_index = None if prompt_index is None else prompt_index.contiguous()
         self.P = 0 if prompt_k is None else prompt_k.shape[-3]
-        # Without prompts nothing is read there; the pointers must be of the type of the keys'.
+        # Without prompts nothing is read there; the pointers must have the keys' type.
         self.prompt_k = self.k[:, :0] if prompt_k is None else _dense_rows(prompt_k)
         self.prompt_v = self.v[:, :0] if prompt_v is None else _dense_rows(prompt_v)
         self.keys = self.k.shape[1] + self.P
 
     @property
     def shared(self) -> bool:
-        """Whether images have prompts in common, so that their gradients are sums."""
+        """Return whether images have prompts in common, so that their gradients are sums."""
         return self.prompt_k.ndim == 3 or self.prompt_index is not None
 
     def arguments(self, *others: Tensor) -> dict[str, Any]:
-        """What every kernel takes; `others` are read or written by rows too."""
+        """Return what every kernel takes; `others` are tensors that it reads or writes by rows too."""
         _, Nq, H, d = self.q.shape
         tensors = (self.q, self.k, self.v, self.prompt_k, self.prompt_v)
         first, second = head_pieces(d)
+        (qb, qm, qh), (kb, kn, kh), (vb, vn, vh), (pkb, pkn, pkh), (pvb, pvn, pvh) = map(_strides, tensors)
         return {
             "p_q": self.q,
             "p_k": self.k,
@@ -212,11 +214,21 @@ class _Inputs:
             "P": self.P,
             "T": self.prompt_k.shape[0],
             "H": H,
-            **_strides("q", "m", self.q),
-            **_strides("k", "n", self.k),
-            **_strides("v", "n", self.v),
-            **_strides("pk", "n", self.prompt_k),
-            **_strides("pv", "n", self.prompt_v),
+            "stride_qb": qb,
+            "stride_qm": qm,
+            "stride_qh": qh,
+            "stride_kb": kb,
+            "stride_kn": kn,
+            "stride_kh": kh,
+            "stride_vb": vb,
+            "stride_vn": vn,
+            "stride_vh": vh,
+            "stride_pkb": pkb,
+            "stride_pkn": pkn,
+            "stride_pkh": pkh,
+            "stride_pvb": pvb,
+            "stride_pvn": pvn,
+            "stride_pvh": pvh,
             "HEAD_DIM": d,
             "D0": first,
             "D1": second,
@@ -237,7 +249,7 @@ def _backward(
     dk: Tensor,
     dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill those of dq, dk and dv that are needed; returns d(prompt_k), d(prompt_v) and d(temperature)."""
+    """Fill those of dq, dk and dv that are needed; return d(prompt_k), d(prompt_v) and d(temperature)."""
     q, P, device = inputs.q, inputs.P, inputs.q.device
     B, Nq, H, d = q.shape
     grad, out = _dense_rows(grad), _dense_rows(out)
@@ -246,16 +258,16 @@ def _backward(
     need_k, need_v = needs[1] or (prompt and needs[3]), needs[2] or (prompt and needs[4])
     nothing = q.new_empty(0)
 
-    architecture, bits = launch.architecture(device), q.element_size() * 8
+    architecture, itemsize = launch.architecture(device), q.element_size()
 
     def find(kernel: Kernel) -> Config:
-        return choose(kernel, architecture, d, Nq, inputs.keys, bits)
+        return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
     everything = need_q and needs[1] and needs[2] and (P == 0 or not prompt or (needs[3] and needs[4]))
     resident = everything and launch.multiprocessors(device) <= B * H
-    resident = resident and has_resident_backward(architecture, d, inputs.keys, bits)
+    resident = resident and has_resident_backward(architecture, d, inputs.keys, itemsize)
 
-    # What is not needed but computed beside something that is goes to scratch.
+    # What is computed beside something needed, but is not needed itself, goes to scratch.
     if image and need_k and not needs[1]:
         dk = torch.empty_like(inputs.k, memory_format=torch.contiguous_format)
     if image and need_v and not needs[2]:
@@ -270,17 +282,21 @@ def _backward(
     padded = triton.cdiv(Nq, 128) * 128
     delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
-    arguments.update(p_do=grad, p_lse2=lse2, p_delta=delta, padded=padded, **_strides("do", "m", grad))
-    to_queries = {"p_dq": dq, **_strides("dq", "m", dq)}
-    to_keys = {"p_dk": dk, "p_dv": dv, **_strides("dk", "n", sized)}
-    to_keys.update(p_dpk=partial_k, p_dpv=partial_v, **_strides("dp", "n", partial))
+    dob, dom, doh = _strides(grad)
+    arguments.update(p_do=grad, stride_dob=dob, stride_dom=dom, stride_doh=doh)
+    arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
+    dqb, dqm, dqh = _strides(dq)
+    to_queries = {"p_dq": dq, "stride_dqb": dqb, "stride_dqm": dqm, "stride_dqh": dqh}
+    (dkb, dkn, dkh), (dpb, dpn, dph) = _strides(sized), _strides(partial)
+    to_keys = {"p_dk": dk, "p_dv": dv, "stride_dkb": dkb, "stride_dkn": dkn, "stride_dkh": dkh}
+    to_keys.update(p_dpk=partial_k, p_dpv=partial_v, stride_dpb=dpb, stride_dpn=dpn, stride_dph=dph)
 
     _row_products(out, grad, lse, delta, lse2)
     products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
         _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
         if need_temperature:
-            # By itself, since the kernel has no register left for it.
+            # In a launch of its own, since the kernel has no register left for it.
             products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
             _row_products(q, dq, lse, products, lse2)
     else:
@@ -308,7 +324,7 @@ def _backward(
 
 
 def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """All gradients but the temperature's, by one program for each head of each image."""
+    """Compute all gradients but the temperature's, by one program for each head of each image."""
     B, _, H, _ = inputs.q.shape
     launch.launch(
         prompt_attention_bwd_resident_kernel,
@@ -323,7 +339,7 @@ def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any])
 
 
 def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Gradients of keys and values, by a program for each tile of keys; of prompts alone, unless STORE_IMAGE."""
+    """Compute the gradients of keys and values, a program for each tile; only those of prompts unless STORE_IMAGE."""
     B, _, H, _ = inputs.q.shape
     first_key = 0 if arguments["STORE_IMAGE"] else inputs.k.shape[1]
     launch.launch(
@@ -340,7 +356,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
 
 
 def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """The gradient of q and what the temperature's is added up from, by a program for each tile of queries."""
+    """Compute the gradient of q and the terms of the temperature's, a program for each tile of queries."""
     B, Nq, H, _ = inputs.q.shape
     launch.launch(
         prompt_attention_bwd_dq_kernel,
@@ -356,8 +372,9 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
 
 
 def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Tensor) -> None:
-    """a·b of each row of a head [B, Nq, H, d], and the LSE in units of log2, both [B, H, padded]."""
+    """Compute a·b of each row of a head [B, Nq, H, d], and the LSE in units of log2, both [B, H, padded]."""
     B, Nq, H, d = a.shape
+    (ob, om, oh), (dob, dom, doh) = _strides(a), _strides(b)
     padded = products.shape[2]
     block = 32 if d <= 64 else 16
     first, second = head_pieces(d)
@@ -373,8 +390,12 @@ def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Ten
         Nq=Nq,
         padded=padded,
         H=H,
-        **_strides("o", "m", a),
-        **_strides("do", "m", b),
+        stride_ob=ob,
+        stride_om=om,
+        stride_oh=oh,
+        stride_dob=dob,
+        stride_dom=dom,
+        stride_doh=doh,
         HEAD_DIM=d,
         D0=first,
         D1=second,
@@ -386,7 +407,7 @@ def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Ten
 
 
 def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
-    """Per-image gradients of prompts [B, P, H, d] -> the shape and dtype of the prompts."""
+    """Reduce per-image gradients of prompts [B, P, H, d] to the shape and dtype of the prompts."""
     if not inputs.shared:
         return partial
     total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -411,8 +432,9 @@ def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
 
 
 def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
-    """The tile for the keys that whole tiles leave over, or masks in every tile: a second copy of float32's products,
-    which hold whole rows in registers, spills them.
+    """Return the tile for the keys that whole tiles leave over; in float32 masks in every tile instead.
+
+    Float32 products hold whole rows in registers, and a second copy of them spills.
     """
     if q.element_size() == 4:
         return {"TAIL": 0, "MASK_ALL": True}
@@ -420,21 +442,21 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
 
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
-    """Query rows of one program of the resident kernel: all of them, unless too few programs were left."""
+    """Return the query rows of one program of the resident kernel: all, unless that leaves too few programs."""
     tiles = triton.cdiv(Nq, block)
     splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
     return max(1, triton.cdiv(tiles, splits)) * block
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """x with its last dimension dense and, within an image, offsets of 32 bits."""
+    """Return x with its last dimension dense and, within an image, offsets of 32 bits."""
     reach = sum((n - 1) * s for n, s in zip(x.shape[-3:], x.stride()[-3:], strict=True) if n)
     return x if x.stride(-1) == 1 and 0 <= reach < 2**31 else x.contiguous()
 
 
-def _strides(name: str, row: str, x: Tensor) -> dict[str, int]:
-    """Strides of x [B, N, H, d]; one without images (shared prompts) has a batch stride of 0."""
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of image, row and head of x [B, N, H, d], or [N, H, d] with an image stride of 0."""
     if x.ndim < 3:  # not written in this call
-        return {f"stride_{name}{dim}": 0 for dim in ("b", row, "h")}
+        return 0, 0, 0
     b, n, h = (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]
-    return {f"stride_{name}b": b, f"stride_{name}{row}": n, f"stride_{name}h": h}
+    return b, n, h

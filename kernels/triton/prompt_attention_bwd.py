@@ -1,9 +1,9 @@
 """Prompt-augmented attention, backward (docs/performance.md).
 
 `delta` = Σ out·d(out) per row and the LSE are written once, padded to whole tiles, so that no loop has to mask rows.
-Then either two kernels, one that owns a tile of keys and walks over the queries (dk, dv) and one that owns a tile of
-queries and walks over the keys (dq); or, for up to 256 keys, a single one that owns a head of an image: five products
-instead of seven. All compute the transposed scores k·qᵀ directly where they need them: Triton up to 3.7.0
+Two kernels follow, one that owns a tile of keys and loops over the queries (dk, dv) and one that owns a tile of queries
+and loops over the keys (dq); or, for up to 256 keys, a single one that owns a head of an image: five products instead
+of seven. All compute the transposed scores k·qᵀ directly where they need them: Triton up to 3.7.0
 miscompiles a product with a computed, transposed operand on Hopper.
 
 Gradients of prompts that images share are partial sums, one per image, which `prompt_attention_bwd_sum_kernel` adds in
@@ -32,9 +32,9 @@ def prompt_attention_bwd_delta_kernel(
     stride_ob, stride_om, stride_oh, stride_dob, stride_dom, stride_doh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """delta and the LSE in units of log2, [B·H, padded]; a padded row gets weights of 0 from an LSE of 1e30.
+    """Compute delta and the LSE in units of log2, [B·H, padded]; a padded row gets weights of 0 from an LSE of 1e30.
 
-    With q and dq for out and d(out), delta is q·dq, of whose sum d(temperature) is made.
+    With q and dq for out and d(out), delta is q·dq, whose sum gives d(temperature).
     """
     tiles = tl.cdiv(padded, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
@@ -57,7 +57,7 @@ def prompt_attention_bwd_delta_kernel(
 
 @triton.jit
 def _weights(s, lse2, factor, PADDED: tl.constexpr):
-    """Softmax weights, made again from the products and the LSE; finite for keys that are not there, if PADDED."""
+    """Recompute the softmax weights from the products and the LSE; finite for keys that are padding, if PADDED."""
     exponent = s * factor - lse2
     if PADDED:
         # A key of zeros adds nothing to dq, unless its weight overflows; those of other keys are at most 1.
@@ -70,7 +70,7 @@ def _transposed(
     k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor,
     PADDED: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights and score gradients of a tile, keys in rows: wᵀ and w·(d(w) - delta)ᵀ."""
+    """Return weights and score gradients of a tile, keys in rows: wᵀ and w·(d(w) - delta)ᵀ."""
     s = contract(k0, k1, q0, q1, D1, PRECISION)
     w = _weights(s, lse2[None, :], factor, PADDED)
     dw = contract(v0, v1, do0, do1, D1, PRECISION)
@@ -83,7 +83,7 @@ def _store_keys(
     STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys to the two segments, which differ in dtype."""
+    """Store the gradients of a tile of keys in the two segments, which differ in dtype."""
     if STORE_IMAGE:
         store(rows(p_image, o_n, stride_n, ALIGNED), o_n < N, g0, g1, HEAD_DIM, D0, D1)
     if STORE_PROMPT:
@@ -102,7 +102,7 @@ def prompt_attention_bwd_dkdv_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys, from `first_key` on (N where only prompts train)."""
+    """Compute dk and dv of one tile of keys, from `first_key` on (N where only prompts train)."""
     tiles = tl.cdiv(N + P - first_key, BLOCK_N)
     i_bh = tl.program_id(0) // tiles
     o_n = first_key + (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -169,7 +169,7 @@ def _dq_step(
 
 @triton.jit
 def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
-    """Σ a·b of each row. (Triton 3.6 cannot compile the sum over a whole tile for Blackwell.)"""
+    """Return Σ a·b of each row. (Triton 3.6 cannot compile the sum over a whole tile for Blackwell.)"""
     product = tl.sum(a0.to(tl.float32) * b0, 1)
     if D1 > 0:
         product += tl.sum(a1.to(tl.float32) * b1, 1)
@@ -188,7 +188,7 @@ def prompt_attention_bwd_dq_kernel(
     NEED_Q: tl.constexpr, NEED_TEMPERATURE: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries, and q·dq of each, of whose sum d(temperature) is made."""
+    """Compute dq of one tile of queries, and q·dq of each row, whose sum gives d(temperature)."""
     tiles = tl.cdiv(Nq, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -247,7 +247,7 @@ def prompt_attention_bwd_resident_kernel(
     STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of one image, its keys and values held throughout."""
+    """Compute all gradients of one head of one image, its keys and values held throughout."""
     i_bh = tl.program_id(0)
     i_b = (i_bh // H).to(tl.int64)
     i_h = i_bh % H

@@ -1,17 +1,26 @@
-"""Tile sizes of prompt-augmented attention: frozen, one entry per kernel and kind of shape (`bench.tune` measures)."""
+"""Tile sizes of prompt-augmented attention, by architecture, kernel and kind of shape (`bench.tune` measures them)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kernel = Literal["fwd", "dkdv", "dq", "bwd"]
-# (architecture, kernel, widest head_dim, kind of length, bits of an element)
-Key = tuple[int, Kernel, int, Literal["one", "short", "long"], int]
+Length = Literal["one", "short", "long"]
 
 RESIDENT_KEYS = 256  # the most keys that a program of a resident kernel holds
 ONE = 16  # the most queries that count as a few rows, such as one class token
+
+
+class Key(NamedTuple):
+    """What an entry of the table is for: heads of up to `head_dim`, a `length`, elements of `itemsize` bytes."""
+
+    architecture: int
+    kernel: Kernel
+    head_dim: int
+    length: Length
+    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -24,97 +33,99 @@ class Config:
     num_stages: int
 
 
-# Compiled for every architecture, run on none yet (docs/performance.md). Architecture 0 is the interpreter.
+# Compiled for every architecture, measured on none yet (docs/performance.md). Architecture 0 is the interpreter.
 TABLE: dict[Key, Config] = {
-    (0, "fwd", 64, "one", 16): Config(16, 128, 4, 1),
-    (0, "fwd", 64, "short", 16): Config(128, 0, 4, 1),
-    (0, "fwd", 64, "long", 16): Config(128, 128, 4, 1),
-    (0, "fwd", 128, "one", 16): Config(16, 128, 4, 1),
-    (0, "fwd", 128, "short", 16): Config(128, 128, 4, 1),
-    (0, "fwd", 128, "long", 16): Config(128, 128, 4, 1),
-    (0, "dkdv", 64, "long", 16): Config(128, 128, 4, 1),
-    (0, "dkdv", 128, "long", 16): Config(128, 128, 4, 1),
-    (0, "dq", 64, "long", 16): Config(128, 128, 4, 1),
-    (0, "dq", 128, "long", 16): Config(128, 128, 4, 1),
-    (0, "bwd", 64, "short", 16): Config(128, 0, 4, 1),
-    (80, "fwd", 64, "one", 16): Config(16, 64, 4, 2),
-    (80, "fwd", 64, "short", 16): Config(64, 64, 4, 2),
-    (80, "fwd", 64, "long", 16): Config(64, 64, 4, 2),
-    (80, "fwd", 128, "one", 16): Config(16, 64, 4, 2),
-    (80, "fwd", 128, "short", 16): Config(32, 32, 4, 2),
-    (80, "fwd", 128, "long", 16): Config(32, 32, 4, 2),
-    (80, "dkdv", 64, "long", 16): Config(32, 64, 4, 3),
-    (80, "dkdv", 128, "long", 16): Config(16, 64, 8, 1),
-    (80, "dq", 64, "long", 16): Config(64, 32, 4, 2),
-    (80, "dq", 128, "long", 16): Config(32, 32, 4, 2),
-    (90, "fwd", 64, "one", 16): Config(16, 64, 4, 2),
-    (90, "fwd", 64, "short", 16): Config(64, 0, 4, 1),
-    (90, "fwd", 64, "long", 16): Config(64, 64, 4, 2),
-    (90, "fwd", 128, "one", 16): Config(16, 64, 4, 2),
-    (90, "fwd", 128, "short", 16): Config(128, 64, 8, 2),
-    (90, "fwd", 128, "long", 16): Config(128, 64, 8, 2),
-    (90, "dkdv", 64, "long", 16): Config(64, 64, 4, 2),
-    (90, "dkdv", 128, "long", 16): Config(64, 64, 8, 1),
-    (90, "dq", 64, "long", 16): Config(64, 64, 4, 2),
-    (90, "dq", 128, "long", 16): Config(64, 64, 8, 1),
-    (90, "bwd", 64, "short", 16): Config(32, 0, 8, 1),
-    (100, "fwd", 64, "one", 16): Config(16, 64, 4, 2),
-    (100, "fwd", 64, "short", 16): Config(64, 64, 4, 2),
-    (100, "fwd", 64, "long", 16): Config(64, 64, 4, 2),
-    (100, "fwd", 128, "one", 16): Config(16, 64, 4, 2),
-    (100, "fwd", 128, "short", 16): Config(64, 64, 4, 2),
-    (100, "fwd", 128, "long", 16): Config(64, 64, 4, 2),
-    (100, "dkdv", 64, "long", 16): Config(64, 64, 4, 1),
-    (100, "dkdv", 128, "long", 16): Config(64, 64, 8, 1),
-    (100, "dq", 64, "long", 16): Config(64, 64, 4, 1),
-    (100, "dq", 128, "long", 16): Config(64, 64, 8, 1),
-    (0, "fwd", 64, "one", 32): Config(16, 128, 4, 1),
-    (0, "fwd", 64, "short", 32): Config(128, 0, 4, 1),
-    (0, "fwd", 64, "long", 32): Config(128, 128, 4, 1),
-    (0, "fwd", 128, "one", 32): Config(16, 128, 4, 1),
-    (0, "fwd", 128, "short", 32): Config(128, 128, 4, 1),
-    (0, "fwd", 128, "long", 32): Config(128, 128, 4, 1),
-    (0, "dkdv", 64, "long", 32): Config(128, 128, 4, 1),
-    (0, "dkdv", 128, "long", 32): Config(128, 128, 4, 1),
-    (0, "dq", 64, "long", 32): Config(128, 128, 4, 1),
-    (0, "dq", 128, "long", 32): Config(128, 128, 4, 1),
-    (0, "bwd", 64, "short", 32): Config(128, 0, 4, 1),
-    (80, "fwd", 64, "one", 32): Config(16, 32, 8, 1),
-    (80, "fwd", 64, "short", 32): Config(64, 32, 8, 1),
-    (80, "fwd", 64, "long", 32): Config(64, 32, 8, 1),
-    (80, "fwd", 128, "one", 32): Config(16, 32, 8, 1),
-    (80, "fwd", 128, "short", 32): Config(32, 32, 8, 1),
-    (80, "fwd", 128, "long", 32): Config(32, 32, 8, 1),
-    (80, "dkdv", 64, "long", 32): Config(16, 32, 8, 1),
-    (80, "dkdv", 128, "long", 32): Config(32, 32, 8, 1),
-    (80, "dq", 64, "long", 32): Config(16, 16, 8, 1),
-    (80, "dq", 128, "long", 32): Config(16, 16, 8, 1),
+    Key(0, "fwd", 64, "one", 2): Config(16, 128, 4, 1),
+    Key(0, "fwd", 64, "short", 2): Config(128, 0, 4, 1),
+    Key(0, "fwd", 64, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "fwd", 128, "one", 2): Config(16, 128, 4, 1),
+    Key(0, "fwd", 128, "short", 2): Config(128, 128, 4, 1),
+    Key(0, "fwd", 128, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "dkdv", 64, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "dkdv", 128, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "dq", 64, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "dq", 128, "long", 2): Config(128, 128, 4, 1),
+    Key(0, "bwd", 64, "short", 2): Config(128, 0, 4, 1),
+    Key(80, "fwd", 64, "one", 2): Config(16, 64, 4, 2),
+    Key(80, "fwd", 64, "short", 2): Config(64, 64, 4, 2),
+    Key(80, "fwd", 64, "long", 2): Config(64, 64, 4, 2),
+    Key(80, "fwd", 128, "one", 2): Config(16, 64, 4, 2),
+    Key(80, "fwd", 128, "short", 2): Config(32, 32, 4, 2),
+    Key(80, "fwd", 128, "long", 2): Config(32, 32, 4, 2),
+    Key(80, "dkdv", 64, "long", 2): Config(32, 64, 4, 3),
+    Key(80, "dkdv", 128, "long", 2): Config(16, 64, 8, 1),
+    Key(80, "dq", 64, "long", 2): Config(64, 32, 4, 2),
+    Key(80, "dq", 128, "long", 2): Config(32, 32, 4, 2),
+    Key(90, "fwd", 64, "one", 2): Config(16, 64, 4, 2),
+    Key(90, "fwd", 64, "short", 2): Config(64, 0, 4, 1),
+    Key(90, "fwd", 64, "long", 2): Config(64, 64, 4, 2),
+    Key(90, "fwd", 128, "one", 2): Config(16, 64, 4, 2),
+    Key(90, "fwd", 128, "short", 2): Config(128, 64, 8, 2),
+    Key(90, "fwd", 128, "long", 2): Config(128, 64, 8, 2),
+    Key(90, "dkdv", 64, "long", 2): Config(64, 64, 4, 2),
+    Key(90, "dkdv", 128, "long", 2): Config(64, 64, 8, 1),
+    Key(90, "dq", 64, "long", 2): Config(64, 64, 4, 2),
+    Key(90, "dq", 128, "long", 2): Config(64, 64, 8, 1),
+    Key(90, "bwd", 64, "short", 2): Config(32, 0, 8, 1),
+    Key(100, "fwd", 64, "one", 2): Config(16, 64, 4, 2),
+    Key(100, "fwd", 64, "short", 2): Config(64, 64, 4, 2),
+    Key(100, "fwd", 64, "long", 2): Config(64, 64, 4, 2),
+    Key(100, "fwd", 128, "one", 2): Config(16, 64, 4, 2),
+    Key(100, "fwd", 128, "short", 2): Config(64, 64, 4, 2),
+    Key(100, "fwd", 128, "long", 2): Config(64, 64, 4, 2),
+    Key(100, "dkdv", 64, "long", 2): Config(64, 64, 4, 1),
+    Key(100, "dkdv", 128, "long", 2): Config(64, 64, 8, 1),
+    Key(100, "dq", 64, "long", 2): Config(64, 64, 4, 1),
+    Key(100, "dq", 128, "long", 2): Config(64, 64, 8, 1),
+    Key(0, "fwd", 64, "one", 4): Config(16, 128, 4, 1),
+    Key(0, "fwd", 64, "short", 4): Config(128, 0, 4, 1),
+    Key(0, "fwd", 64, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "fwd", 128, "one", 4): Config(16, 128, 4, 1),
+    Key(0, "fwd", 128, "short", 4): Config(128, 128, 4, 1),
+    Key(0, "fwd", 128, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "dkdv", 64, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "dkdv", 128, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "dq", 64, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "dq", 128, "long", 4): Config(128, 128, 4, 1),
+    Key(0, "bwd", 64, "short", 4): Config(128, 0, 4, 1),
+    Key(80, "fwd", 64, "one", 4): Config(16, 32, 8, 1),
+    Key(80, "fwd", 64, "short", 4): Config(64, 32, 8, 1),
+    Key(80, "fwd", 64, "long", 4): Config(64, 32, 8, 1),
+    Key(80, "fwd", 128, "one", 4): Config(16, 32, 8, 1),
+    Key(80, "fwd", 128, "short", 4): Config(32, 32, 8, 1),
+    Key(80, "fwd", 128, "long", 4): Config(32, 32, 8, 1),
+    Key(80, "dkdv", 64, "long", 4): Config(16, 32, 8, 1),
+    Key(80, "dkdv", 128, "long", 4): Config(32, 32, 8, 1),
+    Key(80, "dq", 64, "long", 4): Config(16, 16, 8, 1),
+    Key(80, "dq", 128, "long", 4): Config(16, 16, 8, 1),
 }
 
 
-def choose(kernel: Kernel, architecture: int, head_dim: int, queries: int, keys: int, bits: int) -> Config:
-    """The entry for a shape; KeyError for the kernel "bwd" where :func:`has_resident_backward` says no."""
-    length: Literal["one", "short", "long"] = "long"
+def choose(
+    architecture: int, kernel: Kernel, head_dim: int, queries: int, keys: int, itemsize: int
+) -> Config:
+    """Return the entry for a shape; KeyError for the kernel "bwd" where :func:`has_resident_backward` is False."""
+    length: Length = "long"
     if kernel == "fwd":
         length = "one" if queries <= ONE else "short" if keys <= RESIDENT_KEYS else "long"
     elif kernel == "bwd":
         length = "short"
-    return TABLE[_table(architecture, bits), kernel, 64 if head_dim <= 64 else 128, length, bits]
+    return TABLE[_key(architecture, kernel, head_dim, length, itemsize)]
 
 
-def has_resident_backward(architecture: int, head_dim: int, keys: int, bits: int) -> bool:
-    """Whether one kernel, "bwd", makes all gradients; elsewhere two, "dkdv" and "dq", serve the shape better."""
-    key: Key = (_table(architecture, bits), "bwd", 64 if head_dim <= 64 else 128, "short", bits)
-    return keys <= RESIDENT_KEYS and key in TABLE
+def has_resident_backward(architecture: int, head_dim: int, keys: int, itemsize: int) -> bool:
+    """Return whether one kernel, "bwd", computes all gradients; elsewhere two, "dkdv" and "dq", are better."""
+    return keys <= RESIDENT_KEYS and _key(architecture, "bwd", head_dim, "short", itemsize) in TABLE
 
 
-def _table(architecture: int, bits: int) -> int:
-    # IEEE float32 runs on the same units everywhere.
-    return 80 if bits == 32 and architecture else architecture
+def _key(architecture: int, kernel: Kernel, head_dim: int, length: Length, itemsize: int) -> Key:
+    if itemsize == 4 and architecture:
+        architecture = 80  # IEEE float32 runs on the same units everywhere
+    return Key(architecture, kernel, 64 if head_dim <= 64 else 128, length, itemsize)
 
 
 def head_pieces(head_dim: int) -> tuple[int, int]:
-    """head_dim as one or two powers of two, 72 as 64 + 16: little of a product is padding."""
+    """Split head_dim into one or two powers of two, 72 into 64 + 16, so that little of a product is padding."""
     for pieces in ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0)):
         if head_dim <= sum(pieces):
             return pieces
@@ -122,7 +133,7 @@ def head_pieces(head_dim: int) -> tuple[int, int]:
 
 
 def key_pieces(keys: int) -> tuple[int, int, int]:
-    """Up to 256 keys as at most three falling powers of two up to 128: 207 as 128 + 64 + 16."""
+    """Split up to 256 keys into at most three falling powers of two up to 128: 207 into 128 + 64 + 16."""
     for total in range(-(-keys // 16) * 16, RESIDENT_KEYS + 1, 16):
         pieces: list[int] = []
         for size in (128, 128, 64, 32, 16):
@@ -135,19 +146,18 @@ def key_pieces(keys: int) -> tuple[int, int, int]:
 
 
 def tail(keys: int, block: int) -> int:
-    """The tile for what whole tiles of `block` keys leave over: a power of two from 16, or 0."""
+    """Return the tile for the keys that whole tiles of `block` leave over: a power of two from 16, or 0."""
     rest = keys % block
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
 def candidates(key: Key) -> list[Config]:
-    """What `bench.tune` tries for an entry; configurations that do not fit the card fail to launch and drop out."""
-    _, kernel, _, length, _ = key
+    """Return what `bench.tune` tries for an entry; configurations that do not fit the card fail to launch."""
     sizes: list[tuple[int, int]] = list(product((32, 64, 128), (32, 64, 128)))
-    if kernel == "fwd" and length == "one":
+    if key.kernel == "fwd" and key.length == "one":
         sizes = [(16, n) for n in (32, 64, 128)]
-    elif kernel == "fwd" and length == "short":
+    elif key.kernel == "fwd" and key.length == "short":
         sizes += [(64, 0), (128, 0)]
-    elif kernel == "bwd":
+    elif key.kernel == "bwd":
         sizes = [(16, 0), (32, 0), (64, 0)]
     return [Config(m, n, warps, stages) for (m, n), warps, stages in product(sizes, (4, 8), (1, 2, 3))]

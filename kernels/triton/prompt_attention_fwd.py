@@ -1,7 +1,7 @@
 """Prompt-augmented attention, forward: image keys, then prompt keys, in one softmax (docs/performance.md).
 
-Two kernels. *Resident*, for up to 256 keys: a program loads all keys and values of one head of one image once and walks
-over query tiles with an exact softmax. *Looped*: a program owns one query tile and walks over key tiles with an online
+Two kernels. *Resident*, for up to 256 keys: a program loads all keys and values of one head of one image once and loops
+over query tiles with an exact softmax. *Looped*: a program owns one query tile and loops over key tiles with an online
 softmax. In both, a tile of keys may hold the last image keys and the first prompt keys.
 """
 
@@ -26,7 +26,7 @@ def _finish(
     acc0, acc1, total, high, known, p_out, p_lse, o_m, Nq, stride_om,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and write one query tile; `high` is the largest score in units of log2."""
+    """Normalize and store one query tile; `high` is the largest score in units of log2."""
     m_m = o_m < Nq
     inverse = tl.where(known, 1.0 / total, float("nan"))[:, None]
     store(rows(p_out, o_m, stride_om, ALIGNED), m_m, acc0 * inverse, acc1 * inverse, HEAD_DIM, D0, D1)
@@ -43,7 +43,7 @@ def prompt_attention_fwd_resident_kernel(
     BLOCK_M: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All keys at once, as C0 + C1 + C2 columns (powers of two, falling; 0 for none), so that little is padding."""
+    """Take all keys at once, as C0 + C1 + C2 columns (falling powers of two; 0 for none), so that little is padding."""
     tiles = tl.cdiv(Nq, tile_rows)
     i_bh = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * tile_rows
@@ -51,7 +51,7 @@ def prompt_attention_fwd_resident_kernel(
     i_h = i_bh % H
     i_set, known = prompt_set(p_index, i_b, T, HAS_INDEX)
     factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
-    # With the sign in q the largest product is the largest score, and one multiplication per score is saved.
+    # With the sign in q the largest product is the largest score; it saves one multiplication per score.
     sign = tl.where(factor < 0, -1.0, 1.0)
     factor = tl.abs(factor)
 
@@ -84,7 +84,7 @@ def prompt_attention_fwd_resident_kernel(
         q0 = (q0 * sign).to(ka0.dtype)
         if D1 > 0:
             q1 = (q1 * sign).to(ka0.dtype)
-        # Padding stands in the last piece alone.
+        # Padding is in the last piece only.
         s_0 = contract(q0, q1, ka0, ka1, D1, PRECISION)  # [BLOCK_M, C0]
         if C1 == 0:
             s_0 = tl.where(m_0[None, :], s_0, float("-inf"))
@@ -125,7 +125,7 @@ def _step(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys in the online softmax; `high` is the largest product so far, not yet times `factor`."""
+    """Add one tile of keys to the online softmax; `high` is the largest product so far, not yet times `factor`."""
     m_n = o_n < N + P
     k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     s = contract(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -155,7 +155,7 @@ def prompt_attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, MASK_ALL: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Whole tiles of BLOCK_N keys without a mask, then the rest in one tile of TAIL keys (0: none); or MASK_ALL."""
+    """Take whole tiles of BLOCK_N keys unmasked, then the rest in one tile of TAIL keys (0: none); or MASK_ALL."""
     tiles = tl.cdiv(Nq, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,13 +1,13 @@
 """Attention of a few query rows to the normed rows themselves, keys and values folded away (docs/shortcuts.md, 3).
 
-Keys and values are the same rows, so a program owns an image, walks over tiles of its rows with an online softmax and
+Keys and values are the same rows, so a program owns an image, loops over tiles of its rows with an online softmax and
 uses each tile twice, for the scores and for the context: a row is read once (twice where a backward of two launches
-spares registers). All query rows, class tokens times heads, are one tile. A tile is held as a tuple of pieces of
-BLOCK_D columns: a width of 768 is no power of two, and the sums over its columns need not all be live at once.
+saves registers). All query rows, class tokens times heads, are one tile. A tile is a tuple of pieces of BLOCK_D
+columns: a width of 768 is no power of two, and the sums over its columns need not all be live at once.
 
-The backward makes the scores in both orientations instead of transposing one: Triton up to 3.7.0 miscompiles a product
-with a computed, transposed operand on Hopper. Gradients of prompt rows that images share are partial sums, one per
-image, added in a fixed order.
+The backward computes the scores in both orientations instead of transposing one: Triton up to 3.7.0 miscompiles a
+product with a computed, transposed operand on Hopper. Gradients of prompt rows that images share are partial sums, one
+per image, added in a fixed order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _append(pieces, piece):
 
 @triton.jit
 def _zeros(PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Float32 pieces to accumulate in."""
+    """Return float32 pieces to accumulate in."""
     pieces = ()
     for _ in tl.static_range(PIECES):
         pieces = _append(pieces, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
@@ -46,7 +46,7 @@ def _zeros(PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _load(p_row, m_row, PIECE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns PIECE·BLOCK_D and on of the rows at `p_row`; zeros beyond the width and where `m_row` is false."""
+    """Load columns from PIECE·BLOCK_D on of the rows at `p_row`; zeros beyond the width and where `m_row` is False."""
     o_d = PIECE * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = m_row[:, None]
     if (PIECE + 1) * BLOCK_D > WIDTH:
@@ -118,7 +118,7 @@ def row_attention_bwd_kernel(
     BLOCK_D: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_PROMPT: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients asked for; the outputs are contiguous. Without d(query), programs share an image's tiles."""
+    """Compute the gradients asked for, contiguous. Without d(query), programs share an image's tiles."""
     i_b = tl.program_id(0).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < M
@@ -189,29 +189,29 @@ def row_attention_bwd_kernel(
 
 
 def can_forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """Return why the kernels cannot run this call, or None."""
     M, D = query.shape[1:]
     if M > MAX_QUERY_ROWS:
-        return f"it serves up to {MAX_QUERY_ROWS} query rows an image (rows read times heads), not {M}"
-    reason = launch.cannot_serve(query)
+        return f"{M} query rows an image (rows read times heads) are not supported (up to {MAX_QUERY_ROWS})"
+    reason = launch.unsupported(query)
     if reason is not None:
         return reason
     limit = largest(launch.architecture(query.device), query.element_size()) // _block_m(M)
-    which = "widths"
+    what = f"{M} query rows of {query.dtype}"
     if D * query.element_size() % 16:
-        limit, which = min(limit, SIZES[0] // _block_m(M)), "widths that are no multiple of 16 bytes"
+        limit, what = min(limit, SIZES[0] // _block_m(M)), f"{what}, no multiple of 16 bytes,"
     if limit < D:
-        return f"with {M} query rows of {query.dtype} it serves {which} up to {limit} here, not {D}"
+        return f"width {D} with {what} is not supported (up to {limit})"
     return None
 
 
 def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Launch the forward; arguments and results as `folded_row_attention`'s."""
+    """Return context [B, M, D] and the LSE [B, M] in float32."""
     B, M, D = query.shape
     query, rows, prompt_rows = _dense(query), _dense(rows), _prompts(rows, prompt_rows)
     context = torch.empty((B, M, D), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, M), dtype=torch.float32, device=query.device)
-    config = _config(query, "forward")
+    config = _config(query, "fwd")
     launch.launch(
         row_attention_fwd_kernel,
         (B,),
@@ -240,7 +240,7 @@ def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Te
 def can_backward(
     grad: Tensor, query: Tensor, rows: Tensor, prompt_rows: Tensor | None, *rest: object
 ) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """Return why the kernels cannot run this call, or None."""
     return can_forward(query, rows, prompt_rows)
 
 
@@ -253,7 +253,7 @@ def backward(
     lse: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward; arguments and results as `folded_row_attention_backward`'s."""
+    """Return the gradients of query, rows and prompt_rows; those that `needs` does not ask for are empty."""
     need_query, need_rows, need_prompt = needs
     B, M, D = query.shape
     shared = prompt_rows is not None and prompt_rows.ndim == 2
@@ -267,14 +267,14 @@ def backward(
     d_prompt = query.new_empty(
         (B, P, D) if need_prompt else 0, dtype=torch.float32 if shared else query.dtype
     )
-    config = _config(query, "backward")
+    config = _config(query, "bwd")
     both = need_query and (need_rows or need_prompt)
-    # Each launch: does it make d(query), and does it make the gradients of the rows?
+    # For each launch, whether it computes d(query), and whether the gradients of the rows.
     launches = ((True, False), (False, True)) if both and not config.fused else ((need_query, True),)
     for with_query, with_rows in launches:
         launch.launch(
             row_attention_bwd_kernel,
-            (B, 1 if with_query else triton.cdiv(N + P, config.BLOCK_N)),
+            (B, 1 if with_query else triton.cdiv(N + P, config.block_n)),
             query.device,
             p_grad=grad,
             p_query=query,
@@ -309,15 +309,15 @@ def backward(
 
 
 def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """What both kernels take besides tensors and strides."""
+    """Return what both kernels take besides tensors and strides."""
     D = query.shape[2]
-    BLOCK_D = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
+    BLOCK_D = min(config.block_d, max(16, triton.next_power_of_2(D)))
     aligned = D * query.element_size() % 16 == 0 and launch.aligned(*tensors)
     return {
         "WIDTH": D,
         "PIECES": triton.cdiv(D, BLOCK_D),
         "BLOCK_M": _block_m(query.shape[1]),
-        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_N": config.block_n,
         "BLOCK_D": BLOCK_D,
         "ALIGNED": aligned,
         "PRECISION": launch.input_precision(query.dtype),
@@ -338,12 +338,12 @@ def _block_m(M: int) -> int:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x with elements of a row side by side."""
+    """Return x with the elements of a row side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _prompts(rows: Tensor, prompt_rows: Tensor | None) -> Tensor:
-    """Prompt rows as [B, P, D]: shared ones with a batch stride of 0, none as P = 0."""
+    """Return prompt rows as [B, P, D]: shared ones with a batch stride of 0, none as P = 0."""
     if prompt_rows is None:
         return rows[:, :0]
     return _dense(prompt_rows).expand(rows.shape[0], -1, -1)

@@ -1,8 +1,8 @@
-"""What the attention kernels share: tiles of two key segments walked as one, and products over a split head dimension.
+"""What the attention kernels share: tiles across two key segments, and products over a split head dimension.
 
 A tile of `BLOCK` rows and `HEAD_DIM` columns is held as one or two pieces of D0 and D1 columns, powers of two: 64 + 16
-for head_dim 72 and 80, where padding to 128 would cost half of the work. With D1 = 0 the second piece is the first,
-and no code is made of it.
+for head_dim 72 and 80, where padding to 128 would cost half of the work. With D1 = 0 the second piece is the first and
+costs no code.
 """
 
 import triton
@@ -11,17 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def key_rows(p_image, p_prompt, o_row, N, stride_n, stride_pn, ALIGNED: tl.constexpr):
-    """Where rows `o_row` of [image keys ; prompt keys] start, so that a tile may lie across the seam."""
+    """Return pointers to rows `o_row` of [image keys ; prompt keys], so that a tile may hold rows of both."""
     p_row = tl.where(o_row < N, p_image + o_row * stride_n, p_prompt + (o_row - N) * stride_pn)
     if ALIGNED:
-        # Lost in the selection, and without it loads are 2 bytes wide.
+        # The selection loses the alignment; without it loads are 2 bytes wide.
         p_row = tl.multiple_of(p_row, 16)
     return p_row  # [BLOCK]
 
 
 @triton.jit
 def rows(p_base, o_row, stride, ALIGNED: tl.constexpr):
-    """Where rows `o_row` start; head_dim 40 or 72 hides the alignment of a head's first row."""
+    """Return pointers to rows `o_row`; head_dim 40 or 72 hides the alignment of a head's first row."""
     p_row = p_base + o_row * stride
     if ALIGNED:
         p_row = tl.multiple_of(p_row, 16)
@@ -39,7 +39,7 @@ def _piece(p_row, m_row, START: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.cons
 
 @triton.jit
 def load(p_row, m_row, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The rows at `p_row` in two pieces; zeros where `m_row` is false."""
+    """Load the rows at `p_row` in two pieces; zeros where `m_row` is False."""
     p_piece, mask = _piece(p_row, m_row, 0, D0, HEAD_DIM)
     first = tl.load(p_piece, mask=mask, other=0.0)
     second = first
@@ -51,7 +51,7 @@ def load(p_row, m_row, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexp
 
 @triton.jit
 def store(p_row, m_row, first, second, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Write the two pieces of rows `p_row` where `m_row` is true, in the memory's dtype."""
+    """Store the two pieces of rows `p_row` where `m_row` is True, in the memory's dtype."""
     p_piece, mask = _piece(p_row, m_row, 0, D0, HEAD_DIM)
     tl.store(p_piece, first.to(p_row.dtype.element_ty), mask=mask)
     if D1 > 0:
@@ -61,7 +61,7 @@ def store(p_row, m_row, first, second, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
 
 @triton.jit
 def contract(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """a·bᵀ over the head dimension, in float32."""
+    """Return a·bᵀ over the head dimension, in float32."""
     product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
     if D1 > 0:
         product = tl.dot(a1, tl.trans(b1), acc=product, input_precision=PRECISION)
@@ -70,7 +70,7 @@ def contract(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def accumulate(acc0, acc1, weights, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weights·b, both pieces; the weights go to b's dtype."""
+    """Return acc + weights·b, both pieces, with the weights in b's dtype."""
     weights = weights.to(b0.dtype)
     acc0 = tl.dot(weights, b0, acc=acc0, input_precision=PRECISION)
     if D1 > 0:
@@ -80,7 +80,7 @@ def accumulate(acc0, acc1, weights, b0, b1, D1: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def zeros(BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Two float32 pieces of zeros to accumulate in."""
+    """Return two float32 pieces of zeros to accumulate in."""
     acc0 = tl.zeros([BLOCK, D0], tl.float32)
     acc1 = acc0
     if D1 > 0:
@@ -90,7 +90,7 @@ def zeros(BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def score_factor(p_temperature, scale, HAS_TEMPERATURE: tl.constexpr):
-    """What multiplies q·k so that exp2 of it is the softmax's exp."""
+    """Return the softmax scale with log2(e) folded in, for exp2."""
     factor = scale * 1.4426950408889634  # log2(e)
     if HAS_TEMPERATURE:
         factor = factor / tl.load(p_temperature).to(tl.float32)
@@ -99,7 +99,7 @@ def score_factor(p_temperature, scale, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def prompt_set(p_index, i_b, T, HAS_INDEX: tl.constexpr):
-    """Which prompt set image `i_b` uses, and whether there is such a set (the first is read where there is not)."""
+    """Return the prompt set of image `i_b`, and whether it exists (if not, the first set is read)."""
     i_set = i_b
     known = True
     if HAS_INDEX:

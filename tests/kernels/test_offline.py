@@ -52,14 +52,14 @@ def test_every_configuration_compiles_without_faults(arch: int, module: str, tmp
 
 def holds(row: dict[str, Any], key: attention.Key) -> bool:
     """Whether `row` is a kernel of the table's entry `key`."""
-    _, kernel, width, _, bits = key
+    _, kernel, width, _, itemsize = key
     config, constants = attention.TABLE[key], row["constants"]
     tiles = (constants.get("BLOCK_M"), constants.get("BLOCK_N", 0), row["num_warps"], row["num_stages"])
     return (
         row["kernel"] in KERNELS[kernel]
         and tiles == (config.block_m, config.block_n, config.num_warps, config.num_stages)
         and (constants["HEAD_DIM"] > 64) == (width > 64)
-        and (row["dtype"] == "fp32") == (bits == 32)
+        and (row["dtype"] == "fp32") == (itemsize == 4)
     )
 
 

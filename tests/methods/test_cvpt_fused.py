@@ -28,13 +28,13 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the backend `triton`; here PyTorch's operators do it."""
-    monkeypatch.setattr(blocks, "is_fused", lambda operation, x: True)
+    monkeypatch.setattr(blocks, "has_fused_kernel", lambda operation, x: True)
 
 
 def counts(model: Any) -> tuple[int, int]:
     """How often the cross-attention runs with a norm and without."""
     found = operators_of(model)
-    return found["folded_cross_attention_norm"], found["folded_cross_attention"]
+    return found["folded_cross_attention norm"], found["folded_cross_attention"]
 
 
 def test_logits_and_gradients_equal_the_official_code(monkeypatch: pytest.MonkeyPatch) -> None:

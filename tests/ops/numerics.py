@@ -1,26 +1,15 @@
-"""How the tests of the operations judge numbers, and the memory layouts in which they hand over tensors.
-
-The rule: against float64, an operation may err twice as much as plain PyTorch (matmul, softmax, add) does in the same
-dtype on the same inputs, plus a rounding of the result and a few of float32. Nobody tunes a tolerance.
-"""
+"""Backends, dtypes and memory layouts for the tests of the operations; bench/correctness.py judges the numbers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.correctness import Function, Inputs, Oracle, evaluate  # noqa: F401
 from fastprompt.ops import dispatch
-
-Inputs = Mapping[str, Tensor | None]
-Function = Callable[..., Tensor]
-
-# What sums of terms of size 1 to 10 may be off by in float32 when they cancel, as to the 0 that is the gradient of the
-# score of a lone key.
-ROUNDINGS = 64 * torch.finfo(torch.float32).eps
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -45,90 +34,19 @@ def skip_unless_served(operation: str, backend: str, *arguments: object) -> None
         pytest.skip(reason)
 
 
-def evaluate(
-    function: Function, inputs: Inputs, cotangent: Tensor, trainable: set[str] | None = None
-) -> dict[str, Tensor]:
-    """The output of `function(**inputs)` and the gradient of each trainable input (default: of all floating ones)."""
-    leaves = {}
-    for name, x in inputs.items():
-        if x is not None and x.is_floating_point():
-            x = x.detach().requires_grad_(trainable is None or name in trainable)  # keeps strides
-        leaves[name] = x
-    out = function(**leaves)
-    out.backward(cotangent.to(out))
-    results = {"output": out.detach()}
-    for name, x in leaves.items():
-        if x is not None and x.requires_grad:
-            assert x.grad is not None or x.numel() == 0, f"no gradient for {name}"
-            results[f"gradient of {name}"] = torch.zeros_like(x) if x.grad is None else x.grad
-        elif x is not None:
-            assert x.grad is None, f"a gradient for {name}, which does not train"
-    return results
-
-
 def assert_as_exact_as_eager(
     function: Function,
     eager: Function,
     reference: Function,
     inputs: Inputs,
-    spread: Mapping[str, tuple[int, ...]] | None = None,
+    spread: object = None,
     given: Inputs | None = None,
 ) -> None:
-    """Judge output and every gradient of `function(**inputs)` by the rule above.
+    """Check `function(**inputs)` and its gradients against `reference` in float64; `eager` is the measure.
 
-    Args:
-        eager: the same in plain PyTorch, in the inputs' dtype.
-        reference: the same, evaluated here in float64.
-        spread: for a one-element input, a shape to which `eager` takes it expanded. The error of one number is as
-            often zero as large; those of the many numbers whose sum it is say how large it may be by chance.
-        given: the same values in another memory layout, for `function` alone.
+    `given`: the same values in another memory layout, for `function` alone. `spread` is no longer needed.
     """
-    floating = {name: x for name, x in inputs.items() if x is not None and x.is_floating_point()}
-    dtype = next(iter(floating.values())).dtype
-    wide = {**inputs, **{name: x.double() for name, x in floating.items()}}
-    with torch.no_grad():
-        shape = reference(**wide).shape
-    cotangent = torch.randn(shape).to(dtype).to(next(iter(floating.values())).device)
-    exact = evaluate(reference, wide, cotangent.double())
-    plain = evaluate(eager, inputs, cotangent)
-    ours = evaluate(function, inputs if given is None else given, cotangent)
-    assert ours.keys() == exact.keys()
-    eps = torch.finfo(dtype).eps
-    for name, want in exact.items():
-        got = ours[name]
-        source = inputs.get(name.removeprefix("gradient of "))
-        assert got.shape == want.shape, name
-        assert got.dtype == (dtype if source is None else source.dtype), name
-        if want.numel() == 0:
-            continue
-        size = want.abs().max().item()
-        if dtype == torch.float64:
-            allowed = 1e-10 * max(1.0, size)
-        else:
-            allowed = 2 * _error(plain[name], want) + eps * size + ROUNDINGS
-            shape = (spread or {}).get(name.removeprefix("gradient of "))
-            if shape is not None:
-                allowed += 2 * _expected_error(eager, inputs, wide, cotangent, name, shape)
-        error = _error(got, want)
-        assert error <= allowed, (
-            f"{name}: error {error:.2e} > {allowed:.2e} allowed (largest element {size:.2e})"
-        )
-
-
-def _expected_error(
-    eager: Function, inputs: Inputs, wide: Inputs, cotangent: Tensor, name: str, shape: tuple[int, ...]
-) -> float:
-    """What error to expect of one sum, from eager's errors in its terms."""
-    source = name.removeprefix("gradient of ")
-    terms = []
-    for given in (inputs, wide):
-        scalar = given[source]
-        assert scalar is not None
-        terms.append(
-            evaluate(eager, {**given, source: scalar.expand(shape).clone()}, cotangent)[name].double()
-        )
-    # Four standard deviations, and what cancels between the terms.
-    return 4 * (terms[0] - terms[1]).norm().item() + ROUNDINGS * math.sqrt(terms[0].numel())
+    Oracle(eager, inputs, exact=reference)(function, given)
 
 
 def assert_close(

@@ -49,7 +49,7 @@ def test_a_backward_inside_the_region_is_that_outside(folded: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             if folded:
                 prompts = FoldedPrompts(*leaves[1:], None)
-                out = folded_cross_attention(leaves[0].flatten(2), prompts, residual=True)
+                out = folded_cross_attention(leaves[0].flatten(2), prompts, residual=True)[0]
             else:
                 out = prompt_attention(leaves[0], leaves[0], leaves[0], temperature=torch.tensor([0.7]))
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
@@ -81,10 +81,10 @@ def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate() -> None:
     gate = torch.tensor([0.5003], requires_grad=True)  # 0.5 in bfloat16
     delta = delta.bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = gated_blend(x, delta, prompt_in, gate, 1, 2)
+        out = gated_blend(x, delta, prompt_in, gate, 1, 2)[0]
         out.sum().backward()
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, gated_blend_reference(x, delta.float(), prompt_in, gate, 1, 2))
+    torch.testing.assert_close(out, gated_blend_reference(x, delta.float(), prompt_in, gate, 1, 2)[0])
     assert delta.grad is not None
     assert gate.grad is not None
     assert (delta.grad.dtype, gate.grad.dtype) == (torch.bfloat16, torch.float32)

@@ -12,16 +12,17 @@ import pytest
 import torch
 from attention_cases import Shape, draw
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import fastprompt
-from fastprompt.ops import dispatch, gated_blend, prompt_attention
+from fastprompt.ops import dispatch, gated_blend, packed_prompt_attention, prompt_attention
 
 
 class Recorder:
     """A backend's kernel that notes its calls and hands the work to the eager one."""
 
     def __init__(self, operation: str, reason: str | None = None) -> None:
-        self.eager = dispatch._implementations[operation]["eager"]
+        self.eager = dispatch._backends["eager"].kernels[operation]
         self.reason = reason
         self.calls = 0
 
@@ -39,19 +40,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     The kernels of `triton` and `cuda` are not there.
     """
-    own = {
-        operation: {name: kernel for name, kernel in by_backend.items() if name in ("cpu", "eager")}
-        for operation, by_backend in dispatch._implementations.items()
-    }
-    monkeypatch.setattr(dispatch, "_implementations", own)
-    monkeypatch.setattr(dispatch, "_availability", dict(dispatch._availability))
-    monkeypatch.setattr(dispatch, "_automatic", {})
+    for name in ("triton", "cuda"):
+        empty = dispatch.Backend(name, lambda: "no kernels")
+        monkeypatch.setitem(dispatch._backends, name, empty)
     monkeypatch.setattr(dispatch, "_request", "auto")
 
     def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:
         recorder = Recorder(operation, reason)
         dispatch.register(operation, backend, recorder.run, recorder.can_run)
-        dispatch.register_availability(backend, lambda: missing)
+        dispatch._backends[backend].why_unavailable = lambda: missing
         return recorder
 
     return add
@@ -221,20 +218,49 @@ def test_the_table_names_every_backend_with_its_operations_or_its_reason(registr
 
 def test_auto_leaves_what_is_not_automatic_to_those_who_name_it(registry: Any) -> None:
     triton = registry("triton", "prompt_attention")
-    dispatch.register("prompt_attention", "triton", triton.run, triton.can_run, automatic=False)
+    dispatch._backends["triton"].kernels["prompt_attention"].automatic = False
     attend()
     assert triton.calls == 0
-    assert dispatch.only_eager("prompt_attention")
+    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1))
     prompt_attention(**draw(Shape(), torch.float32), backend="triton")
     assert triton.calls == 1
 
 
-def test_only_eager(registry: Any) -> None:
-    assert dispatch.only_eager("folded_cross_attention")
-    registry("cuda", "folded_cross_attention", missing="no CUDA device")
-    assert dispatch.only_eager("folded_cross_attention")
-    registry("triton", "folded_cross_attention")
-    assert not dispatch.only_eager("folded_cross_attention")
+def test_auto_is_eager_for_tensors_that_no_other_backend_supports(registry: Any) -> None:
+    q = torch.empty(1, 2, 3, 4)
+    assert dispatch.auto_is_eager("prompt_attention", q)
+    registry("cuda", "prompt_attention", missing="no CUDA device")
+    assert dispatch.auto_is_eager("prompt_attention", q)
+    kernel = registry("triton", "prompt_attention")
+    kernel.can_run = lambda q: None if q.shape[-1] <= 128 else "too wide"
+    dispatch.register("prompt_attention", "triton", kernel.run, kernel.can_run)
+    assert not dispatch.auto_is_eager("prompt_attention", q)
+    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1, 2, 3, 129))
+
+
+def test_attention_without_prompts_that_no_kernel_supports_is_pytorchs_own(registry: Any) -> None:
+    registry("triton", "prompt_attention", reason="head_dim 32 is too small")
+    q = torch.randn(1, 3, 2, 32)
+    want = scaled_dot_product_attention(*[q.transpose(1, 2)] * 3).transpose(1, 2)
+    assert torch.equal(prompt_attention(q, q, q), want)
+    packed = torch.stack([q] * 3, 2).requires_grad_()
+    out = packed_prompt_attention(packed)
+    assert "fastprompt" not in str(out.grad_fn.next_functions).lower()
+    assert torch.equal(out, want)
+
+
+def test_a_norm_is_fused_where_a_kernel_computes_it(registry: Any) -> None:
+    x = torch.empty(1)
+    assert not dispatch.has_fused_kernel("gated_blend", x)
+    with dispatch.use_backend("cpu"):
+        assert not dispatch.has_fused_kernel("gated_blend", x)
+    registry("triton", "gated_blend")
+    dispatch._backends["triton"].kernels["gated_blend"].fuses_norm = True
+    assert not dispatch.has_fused_kernel("gated_blend", x)  # "auto" leaves CPU tensors to other backends
+    with dispatch.use_backend("triton"):
+        assert dispatch.has_fused_kernel("gated_blend", x)
+        dispatch._backends["triton"].why_unavailable = lambda: "triton is not installed"
+        assert not dispatch.has_fused_kernel("gated_blend", x)
 
 
 @pytest.mark.skipif(
@@ -243,10 +269,12 @@ def test_only_eager(registry: Any) -> None:
 def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
     rows, gate = torch.ones(2, 3, 4), torch.ones(1)
     arguments = (rows, rows, rows[:, :1], gate, 0, 1)
-    assert dispatch.select("gated_blend", "auto", *arguments)[0] == "cpu"
-    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
-    assert dispatch.explain("gated_blend", *meta)["cpu"] == "it serves cpu tensors, not meta ones"
-    assert torch.equal(gated_blend(*arguments, backend="cpu"), gated_blend(*arguments, backend="eager"))
+    without_norm = (*arguments, None, None, None)
+    assert dispatch.select("gated_blend", "auto", *without_norm)[0] == "cpu"
+    assert dispatch.why_not("gated_blend", "cpu", *arguments, None, None, 1e-6) == "it computes no norm"
+    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in without_norm)
+    assert dispatch.explain("gated_blend", *meta)["cpu"] == "it runs on cpu tensors, not meta ones"
+    assert torch.equal(gated_blend(*arguments, backend="cpu")[0], gated_blend(*arguments, backend="eager")[0])
 
 
 PROGRAM = """

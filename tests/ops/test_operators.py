@@ -142,7 +142,7 @@ def test_gradcheck_of_blend_and_folded() -> None:
     assert torch.autograd.gradcheck(blend, tuple(map(trained, blend_arguments(torch.float64))))
     inputs = tuple(map(trained, folded_arguments(torch.float64)))
     assert torch.autograd.gradcheck(
-        lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded)), inputs
+        lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded))[0], inputs
     )
 
 
@@ -166,7 +166,7 @@ SECOND = {
         lambda: [*attention_arguments("shared").values()][:6],
     ),
     "blend": (partial(gated_blend, start=1, length=2), blend_arguments),
-    "folded": (lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded)), folded_arguments),
+    "folded": (lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded))[0], folded_arguments),
 }
 
 
@@ -197,7 +197,7 @@ def gated_step(
     maps = AttentionWeights(weight, None, weight, None, weight, None, weight, None)
     out = prompt_attention(q, k, v, prompts, prompts * 0.5, temperature=temperature).flatten(2)
     rows = out[:, 1:3]
-    out = gated_blend(out, q.flatten(2), rows, gate, 1, 2)
+    out = gated_blend(out, q.flatten(2), rows, gate, 1, 2)[0]
     return out + prompt_cross_attention(out, prompts.flatten(1), maps, H, form="folded")
 
 
@@ -338,13 +338,13 @@ def test_vmap_of_blend_and_folded_is_a_loop() -> None:
     gates = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 
     def blend(gate: Tensor) -> Tensor:
-        return gated_blend(x, delta, prompt_in, gate, 1, 2)
+        return gated_blend(x, delta, prompt_in, gate, 1, 2)[0]
 
     torch.testing.assert_close(torch.func.vmap(blend)(gates), torch.stack([blend(g) for g in gates]))
     rows, key, bias, value, out_bias = folded_arguments(torch.float64)
     keys = torch.stack([key, key * 2])
 
     def folded(key: Tensor) -> Tensor:
-        return folded_cross_attention(rows, FoldedPrompts(key, bias, value, out_bias))
+        return folded_cross_attention(rows, FoldedPrompts(key, bias, value, out_bias))[0]
 
     torch.testing.assert_close(torch.func.vmap(folded)(keys), torch.stack([folded(k) for k in keys]))

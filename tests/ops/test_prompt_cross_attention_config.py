@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from fastprompt.kernels.triton import prompt_cross_attention_config as config
-from fastprompt.kernels.triton.prompt_cross_attention_config import Columns, split
+from fastprompt.kernels.triton import folded_cross_attention_config as config
+from fastprompt.kernels.triton.folded_cross_attention_config import Columns, split
 
-KERNELS = ("forward", "backward")
+KERNELS = ("fwd", "bwd")
 
 
 @pytest.mark.parametrize("H", [1, 2, 3, 5, 6, 7, 8, 12, 16, 24])
@@ -72,5 +72,5 @@ def test_every_entry_is_among_what_is_measured(key: config.Key) -> None:
 
 
 def test_wide_rows_are_read_in_smaller_steps() -> None:
-    narrow, wide = (config.choose(90, "forward", 160, 2, wide_rows) for wide_rows in (False, True))
+    narrow, wide = (config.choose(90, "fwd", 160, 2, wide_rows) for wide_rows in (False, True))
     assert (wide.block_k, wide.block_m) == (narrow.block_k // 2, narrow.block_m)

@@ -1,12 +1,12 @@
 """Folded cross-attention's kernels: softmax_h(x·keyᵀ + bias)·value (+ out_bias, + x), all heads of some rows a program.
 
 A program holds the scores of its rows for all H·P columns in registers, as up to four tiles: heads in two groups H0 and
-H1, each head's prompts in two pieces P0 and P1, powers of two (prompt_cross_attention_config.py). So a softmax ends
-within a program, x is read and the output written once, and what is read again for the residual are the program's own
-rows. The folded matrices are read anew by each program, out of the L2 cache.
+H1, each head's prompts in two pieces P0 and P1, powers of two (folded_cross_attention_config.py). So a softmax ends
+within a program, x is read and the output written once, and only the program's own rows are read again, for the
+residual. Each program reads the folded matrices from the L2 cache.
 
-The backward is the mirror image: grad·valueᵀ, the softmax's gradient by the weights that the forward kept, then that
-times key.
+The backward mirrors it: grad·valueᵀ, the softmax's gradient from the weights that the forward kept, then that times
+key.
 """
 
 import triton
@@ -18,9 +18,9 @@ def _column(
     H: tl.constexpr, P: tl.constexpr, H_START: tl.constexpr, P_START: tl.constexpr,
     HEADS: tl.constexpr, PROMPTS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """For each column of a tile, its row in the folded matrices, and whether there is one.
+    """Return, for each column of a tile, its row in the folded matrices, and whether there is one.
 
-    RUN divides every place where a run of columns starts in memory.
+    RUN divides every position where a run of columns starts in memory.
     """
     o_c = tl.arange(0, HEADS * PROMPTS)
     i_h = H_START + o_c // PROMPTS
@@ -28,13 +28,13 @@ def _column(
     mask = i_h < H
     if P_START + PROMPTS > P:
         mask = mask & (i_p < P)
-    # Without the hints the weights are loaded one by one, by more pointers than there are registers.
+    # Without the hints the weights are loaded one by one, with more pointers than there are registers.
     return tl.max_contiguous(tl.multiple_of(i_h * P + i_p, RUN), PROMPTS), mask  # [HEADS·PROMPTS]
 
 
 @triton.jit
 def _row(o_m, M, N, p_base, stride_b, stride_n, ALIGNED: tl.constexpr):
-    """Where rows `o_m` of [B, N, D] start."""
+    """Return pointers to the rows `o_m` of [B, N, D]."""
     i_m = tl.minimum(o_m, M - 1)
     p_row = p_base + (i_m // N).to(tl.int64) * stride_b + (i_m % N).to(tl.int64) * stride_n
     if ALIGNED:
@@ -44,7 +44,7 @@ def _row(o_m, M, N, p_base, stride_b, stride_n, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _score(acc, b_x, p_matrix, o_c, m_c, o_d, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x·matrixᵀ for one tile of columns and one step of the width."""
+    """Return acc + x·matrixᵀ for one tile of columns and one step of the width."""
     mask = m_c[:, None]
     if D % BLOCK > 0:
         mask = mask & (o_d < D)[None, :]
@@ -58,7 +58,7 @@ def _scores(
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rows·matrixᵀ in four tiles; those of no columns repeat the first, and no code is made of them."""
+    """Return rows·matrixᵀ in four tiles; those without columns repeat the first and cost no code."""
     s_00 = tl.zeros([BLOCK_M, H0 * P0], tl.float32)
     s_01 = s_00
     s_10 = s_00
@@ -88,7 +88,7 @@ def _scores(
 
 @triton.jit
 def _mix(acc, w, p_matrix, o_c, m_c, o_d, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + w·matrix for one tile of columns and one piece of the width."""
+    """Return acc + w·matrix for one tile of columns and one piece of the width."""
     mask = m_c[:, None]
     if D % BLOCK > 0:
         mask = mask & (o_d < D)[None, :]
@@ -102,7 +102,7 @@ def _mixed(
     D: tl.constexpr, H1: tl.constexpr, P1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights·matrix for one piece of the width, over all four tiles."""
+    """Return weights·matrix for one piece of the width, over all four tiles."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = _mix(acc, w_00, p_matrix, o_00, m_00, o_d, D, BLOCK_D, PRECISION)
     if P1 > 0:
@@ -116,16 +116,16 @@ def _mixed(
 
 @triton.jit
 def _by_head(x, HEADS: tl.constexpr):
-    """[BLOCK_M, HEADS·PROMPTS] as [BLOCK_M, HEADS, PROMPTS], to reduce."""
+    """Reshape [BLOCK_M, HEADS·PROMPTS] to [BLOCK_M, HEADS, PROMPTS], to reduce."""
     return tl.reshape(x, [x.shape[0], HEADS, x.shape[1] // HEADS])
 
 
 @triton.jit
 def _spread(x, PROMPTS: tl.constexpr):
-    """One number for each head [BLOCK_M, HEADS], for each of its prompts [BLOCK_M, HEADS·PROMPTS].
+    """Repeat a number per head [BLOCK_M, HEADS] for each of its prompts: [BLOCK_M, HEADS·PROMPTS].
 
-    So that arithmetic is on two dimensions, where Triton keeps the layout that products leave; on three it may choose
-    the loads' layout and move accumulators through shared memory.
+    In two dimensions Triton keeps the layout that products leave; in three it may choose the loads' layout and move
+    accumulators through shared memory.
     """
     x = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], PROMPTS])
     return tl.reshape(x, [x.shape[0], x.shape[1] * PROMPTS])
@@ -133,7 +133,7 @@ def _spread(x, PROMPTS: tl.constexpr):
 
 @triton.jit
 def _biased(s, p_bias, o_c, m_c, P: tl.constexpr, P_START: tl.constexpr, PROMPTS: tl.constexpr):
-    """Scores plus bias, -inf for prompts that pad; heads that pad stay finite."""
+    """Add the bias to scores, -inf for prompts that pad; heads that pad stay finite."""
     bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     if P_START + PROMPTS > P:
         bias = tl.where(P_START + tl.arange(0, s.shape[1]) % PROMPTS < P, bias, float("-inf"))
@@ -145,7 +145,7 @@ def _softmax(
     s_0, s_1, p_bias, o_0, m_0, o_1, m_1, P: tl.constexpr,
     HEADS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of each head of one group over both pieces of its prompts."""
+    """Return the softmax of each head of one group over both pieces of its prompts."""
     s_0 = _biased(s_0, p_bias, o_0, m_0, P, 0, P0)
     high = tl.max(_by_head(s_0, HEADS), 2)
     if P1 > 0:
@@ -172,9 +172,9 @@ def _store(p_rows, m_row, w, o_c, m_c):
 
 @triton.jit
 def _statistics(mean, m2, y, done, m_d, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Mean and sum of squared deviations [BLOCK_M] of the first `done` columns, with those of y [BLOCK_M, WIDTH] added.
+    """Add y [BLOCK_M, WIDTH] to mean and sum of squared deviations [BLOCK_M] of the first `done` columns.
 
-    By Chan, Golub and LeVeque's update, which a large mean costs no digits.
+    By Chan, Golub and LeVeque's update, in which a large mean costs no digits.
     """
     count = WIDTH if D % WIDTH == 0 else tl.minimum(WIDTH, D - done)
     if D % WIDTH > 0:
@@ -200,7 +200,7 @@ def folded_cross_attention_fwd_kernel(
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [BLOCK_M] of `out` [M, D_OUT]; to KEEP, of the softmax `weights` [M, H·P]; with NORM, of LayerNorm(out)."""
+    """Compute rows [BLOCK_M] of `out` [M, D_OUT], of the softmax `weights` [M, H·P] to KEEP, and of the NORM."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < M
     p_row = _row(o_m, M, N, p_x, stride_xb, stride_xn, ALIGNED)
@@ -246,13 +246,13 @@ def folded_cross_attention_fwd_kernel(
         out = acc.to(p_out.dtype.element_ty)
         tl.store(p_out + o_out + o_d[None, :], out, mask=mask)
         if NORM:
-            # Of the rounded output, which is what the next reader of it sees.
+            # Of the rounded output, which is what the next operation reads.
             mean, m2 = _statistics(mean, m2, out.to(tl.float32), start, m_d, BLOCK_D, D_OUT)
     if NORM:
         rstd = 1 / tl.sqrt(m2 / D_OUT + eps)
         tl.store(p_mean + o_m, mean, mask=m_row)
         tl.store(p_rstd + o_m, rstd, mask=m_row)
-        # The program's own rows are read again, out of the cache, once all of its threads have written theirs.
+        # The program's own rows are read again, from the cache, once all of its threads have written theirs.
         tl.debug_barrier()
         for start in range(0, D_OUT, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
@@ -269,7 +269,7 @@ def folded_cross_attention_fwd_kernel(
 
 @triton.jit
 def _load(p_rows, m_row, o_c, m_c):
-    """One tile of columns of rows `p_rows` of [M, H·P]."""
+    """Load one tile of columns of rows `p_rows` of [M, H·P]."""
     return tl.load(p_rows[:, None] + o_c[None, :], mask=m_row[:, None] & m_c[None, :], other=0.0)
 
 
@@ -277,7 +277,7 @@ def _load(p_rows, m_row, o_c, m_c):
 def _d_softmax(
     d_0, d_1, p_rows, m_row, o_0, m_0, o_1, m_1, HEADS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
 ):
-    """Gradients of the scores of one group of heads, from those of the weights, which lie at `p_rows`."""
+    """Return the gradients of the scores of one group of heads from those of the weights at `p_rows`."""
     w_0 = _load(p_rows, m_row, o_0, m_0).to(tl.float32)
     delta = tl.sum(_by_head(w_0 * d_0, HEADS), 2)
     w_1 = w_0
@@ -300,7 +300,7 @@ def folded_cross_attention_bwd_kernel(
     RESIDUAL: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [BLOCK_M] of the scores' gradient `ds` [M, H·P] and of `dx` [M, D], the forward's mirror image."""
+    """Compute rows [BLOCK_M] of the scores' gradient `ds` [M, H·P] and of `dx` [M, D]."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < M
     p_row = _row(o_m, M, N, p_grad, stride_gb, stride_gn, ALIGNED)

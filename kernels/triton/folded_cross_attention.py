@@ -1,4 +1,4 @@
-"""Folded cross-attention: launchers. What is summed over all rows (gradients of prompts) is left to the library."""
+"""Launchers of folded cross-attention. Sums over all rows (gradients of prompts) are left to the library."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
+from fastprompt.kernels.triton import folded_cross_attention_config as config
 from fastprompt.kernels.triton import launch
-from fastprompt.kernels.triton import prompt_cross_attention_config as config
-from fastprompt.kernels.triton.prompt_cross_attention_kernels import (
+from fastprompt.kernels.triton.folded_cross_attention_kernels import (
     folded_cross_attention_bwd_kernel,
     folded_cross_attention_fwd_kernel,
 )
+from fastprompt.kernels.triton.gated_blend import unsupported_width
 
 
-def can_forward(x: Tensor, key: Tensor, *args: object) -> str | None:
-    """The reason why :func:`forward` cannot serve these arguments, or None."""
-    return launch.cannot_serve(x) or launch.cannot_serve(key) or _too_wide(key)
+def can_forward(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, *rest: object) -> str | None:
+    """Return why :func:`forward` cannot run these arguments, or None."""
+    *_, eps, keep = rest
+    reason = launch.unsupported(x) or launch.unsupported(key) or _too_wide(key)
+    if reason is None and eps is not None and keep:
+        # The norm's backward is the gated blend's kernel.
+        reason = unsupported_width(value.shape[2])
+    return reason
 
 
 def forward(
@@ -29,77 +35,43 @@ def forward(
     value: Tensor,
     out_bias: Tensor | None,
     residual: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """x [B, N, D] -> [B, N, D_out], and the softmax's weights [B, N, H, P] or, not to `keep` them, nothing [0]."""
-    dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
-    out = x.new_empty((*x.shape[:2], value.shape[2]), dtype=dtype)
-    return out, _forward(x, key, bias, value, out_bias, residual, keep, out)
-
-
-def can_norm_forward(x: Tensor, key: Tensor, *args: object) -> str | None:
-    """As :func:`can_forward`, for :func:`norm_forward`."""
-    return can_forward(x, key)
-
-
-def norm_forward(
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor,
-    value: Tensor,
-    out_bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With the residual: y [B, N, D], its LayerNorm, the weights, and mean and 1/deviation [B, N] in float32."""
-    y, normed = (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, key.dtype)) for _ in range(2))
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    norm = (norm_weight, norm_bias, normed, mean, rstd, eps)
-    return y, normed, _forward(x, key, bias, value, out_bias, True, keep, y, *norm), mean, rstd
+    """Return y [B, N, D_out], the softmax's weights [B, N, H, P], LayerNorm(y), and mean and rstd [B, N] in float32.
 
-
-def _forward(
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor,
-    value: Tensor,
-    out_bias: Tensor | None,
-    residual: bool,
-    keep: bool,
-    out: Tensor,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    normed: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    """Write `out`, and of its norm what is given; returns the softmax's weights."""
+    The weights are empty unless `keep`, what belongs to the norm if `eps` is None.
+    """
     B, N, D = x.shape
     H, P, D_out = value.shape
+    norm = eps is not None
+    dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
+    y = x.new_empty((B, N, D_out), dtype=dtype)
+    normed = y.new_empty(y.shape if norm else 0)
+    mean, rstd = (x.new_empty((B, N) if norm else 0, dtype=torch.float32) for _ in range(2))
     x = x if x.stride(2) == 1 else x.contiguous()
     key, value, bias = key.contiguous(), value.contiguous(), bias.contiguous()
     weights = key.new_empty((B, N, H, P) if keep else 0)
     _launch(
         folded_cross_attention_fwd_kernel,
-        "forward",
+        "fwd",
         x,
         key,
         p_x=x,
         p_key=key,
         p_bias=bias,
         p_value=value,
-        p_out_bias=out if out_bias is None else out_bias.contiguous(),
-        p_out=out,
+        p_out_bias=y if out_bias is None else out_bias.contiguous(),
+        p_out=y,
         p_weights=weights,
         p_norm_weight=None if norm_weight is None else norm_weight.contiguous(),
         p_norm_bias=None if norm_bias is None else norm_bias.contiguous(),
-        p_normed=normed,
-        p_mean=mean,
-        p_rstd=rstd,
-        eps=eps,
+        p_normed=normed if norm else None,
+        p_mean=mean if norm else None,
+        p_rstd=rstd if norm else None,
+        eps=eps or 0.0,
         stride_xb=x.stride(0),
         stride_xn=x.stride(1),
         D=D,
@@ -107,11 +79,11 @@ def _forward(
         RESIDUAL=residual,
         KEEP=keep,
         HAS_BIAS=out_bias is not None,
-        NORM=normed is not None,
+        NORM=norm,
         HAS_NORM_WEIGHT=norm_weight is not None,
         HAS_NORM_BIAS=norm_bias is not None,
     )
-    return weights
+    return y, weights, normed, mean, rstd
 
 
 def can_backward(
@@ -123,10 +95,10 @@ def can_backward(
     residual: bool,
     needs: list[bool],
 ) -> str | None:
-    """The reason why :func:`backward` cannot serve these arguments, or None."""
-    reason = launch.cannot_serve(grad)
+    """Return why :func:`backward` cannot run these arguments, or None."""
+    reason = launch.unsupported(grad)
     if reason is None and weights is not None:
-        reason = launch.cannot_serve(weights)
+        reason = launch.unsupported(weights)
     return reason if reason is not None or value is None else _too_wide(value)
 
 
@@ -139,9 +111,10 @@ def backward(
     residual: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores' gradients and dx by the kernel; what is summed over all rows by the library, in a fixed order.
+    """Return the gradients of x, key, bias, value and out_bias; those that `needs` does not ask for are empty.
 
-    Its products read each operand once, at the speed of memory; a kernel here would read the same bytes.
+    The kernel computes the scores' gradients and dx, the library, in a fixed order, what is summed over all rows: its
+    products read each operand once, at the speed of memory, and a kernel here would read the same bytes.
     """
     dx, d_key, d_bias, d_value, d_out_bias = (grad.new_empty(0) for _ in range(5))
     rows = grad.flatten(0, 1)
@@ -159,7 +132,7 @@ def backward(
         dx = grad.new_empty((B, N, matrix.shape[2])) if needs[0] else dx
         _launch(
             folded_cross_attention_bwd_kernel,
-            "backward",
+            "bwd",
             grad,
             value,
             p_grad=grad,
@@ -193,11 +166,11 @@ def _too_wide(folded: Tensor) -> str | None:
     total = config.split(H, P).total
     most = config.limit(launch.architecture(folded.device), folded.element_size())
     if total > most:
-        return f"{H} heads of {P} prompts fill {total} columns, and a program has room for {most} of {folded.dtype}"
+        return f"{H} heads of {P} prompts, {total} columns of {folded.dtype}, are not supported (up to {most} columns)"
     return None
 
 
-def _launch(kernel: Any, name: str, rows: Tensor, folded: Tensor, **arguments: Any) -> None:
+def _launch(kernel: Any, name: config.Kernel, rows: Tensor, folded: Tensor, **arguments: Any) -> None:
     """Launch over the rows of [B, N, D], with the tiles and sizes for the matrices `folded` [H, P, D]."""
     B, N, _ = rows.shape
     H, P, _ = folded.shape

@@ -1,7 +1,7 @@
-"""How an operation of this package becomes a PyTorch operator: one schema, and what every subsystem asks of it.
+"""How an operation becomes a PyTorch operator: its schema, gradient, and autocast, vmap and FLOP-counting rules.
 
-Schemas are defined here and nowhere else (a schema defined twice aborts the process), without default values (the
-dispatcher drops arguments equal to a default, which autograd formulas then miss).
+Schemas are defined here and nowhere else (a schema defined twice aborts the process). They have no default values: the
+dispatcher drops arguments equal to a default, and autograd formulas then miss them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,25 @@ _AUTOCAST_KEYS = {
 }
 
 
-def define(schema: str, *, fake: Callable[..., Any], flops: Callable[..., int]) -> Any:
-    """Define the operator of `schema`; its last argument, ``str backend``, is the backend asked for.
+def define_operator(schema: str, *, fake: Callable[..., Any], flops: Callable[..., int]) -> Any:
+    """Define the operator of `schema`, whose last argument, ``str backend``, is the backend asked for.
 
-    The kernel is chosen when the operator runs (:mod:`fastprompt.ops.dispatch`). `fake` computes shapes only;
-    `flops` counts operations for :class:`torch.utils.flop_counter.FlopCounterMode`. Returns the operator.
+    The kernel is chosen when the operator runs (:mod:`fastprompt.ops.dispatch`).
+
+    Args:
+        schema: in PyTorch's schema language, without the namespace.
+        fake: computes the outputs' shapes and dtypes.
+        flops: counts operations for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+    Returns:
+        The operator.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def kernel(*args: Any) -> Any:
         *inputs, backend = args
-        return dispatch.run(name, backend, *inputs)
+        return dispatch.select(name, backend, *inputs)[1].run(*inputs)
 
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -46,21 +53,26 @@ def define(schema: str, *, fake: Callable[..., Any], flops: Callable[..., int]) 
     return packet.default
 
 
-def differentiate(op: Any, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give `op` its gradient."""
+def no_flops(*args: Any, **kwargs: Any) -> int:
+    """Return 0: FlopCounterMode counts matrix products only."""
+    return 0
+
+
+def register_gradient(op: Any, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register the gradient of `op`; `setup` saves what `backward` reads."""
     torch.library.register_autograd(op._name, backward, setup_context=setup, lib=LIBRARY)
 
 
-def as_gradient(op: Any) -> None:
-    """Make `op` a gradient: differentiating it is an error that says so, and autocast leaves it alone.
+def mark_as_backward(op: Any) -> None:
+    """Make differentiating `op`, a backward, raise, and keep autocast from changing its dtypes.
 
-    Its dtypes are those of its forward, also where a backward runs inside autocast's region.
+    A backward computes in the dtypes of its forward, also if it runs inside an autocast region.
     """
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"`{op._name}` has no derivative of its own; for gradients of gradients use the operation's "
-            "reference, which is plain PyTorch (for example `fastprompt.ops.prompt_attention_reference`)"
+            f"`{op._name}` is not differentiable; for second derivatives use the operation's reference, which is plain "
+            "PyTorch (for example `fastprompt.ops.prompt_attention_reference`)"
         )
 
     torch.library.register_autograd(op._name, backward, lib=LIBRARY)
@@ -68,11 +80,14 @@ def as_gradient(op: Any) -> None:
 
 
 def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ()) -> None:
-    """Say what autocast does to the arguments of `op`.
+    """Set what autocast does to the arguments of `op`.
 
-    Those at `cast` go to autocast's dtype, as for a matrix product; those at `promote` to their common widest dtype, as
-    for an addition. All others (gates, temperatures) stay as they are, which is why PyTorch's own rule for custom
-    operators, casting every tensor, is not used. What the operator runs inside is out of autocast's reach.
+    PyTorch's own rule for custom operators casts every tensor; gates and temperatures must stay as they are. Autocast
+    does not reach what the operator runs inside.
+
+    Args:
+        cast: positions of arguments to cast to autocast's dtype, as for a matrix product.
+        promote: positions of arguments to cast to their widest common dtype, as for an addition.
     """
     name = op._schema.name.split("::")[1]
 
@@ -95,13 +110,13 @@ def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ())
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether autocast would act on an operation on `tensor` (on the meta device there is none)."""
+    """Return whether autocast acts on an operation on `tensor` (there is no autocast for the meta device)."""
     # Not by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tensors of `dtype` are kept: float64 for float64, else float32."""
+    """Return the dtype in which to sum over tensors of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -113,9 +128,9 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _loop_over_slices(op: Any) -> Callable[..., Any]:
-    """A vmap rule that runs `op` once for each slice: exact, and as fast as a Python loop.
+    """Return a vmap rule that runs `op` once for each slice: exact, and as fast as a Python loop.
 
-    Many prompt sets in one call are what `prompt_index` is for; vmap is here so that code written with it works.
+    Many prompt sets in one call are what `prompt_index` is for; with this rule code written with vmap runs too.
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

@@ -1,0 +1,81 @@
+"""The LayerNorm that an operation may compute of its own output, in the same pass over the sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.ops.operator import accumulation_dtype
+
+
+class Norm(NamedTuple):
+    """A frozen LayerNorm: `weight` and `bias` [D] of any floating dtype, or None, and `eps`, added to the variance."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def check_norm(caller: str, norm: Norm | None, width: int, device: torch.device) -> None:
+    """Raise in the name of `caller` unless weight and bias of `norm` are frozen, and [width] or None."""
+    for name in ("weight", "bias") if norm is not None else ():
+        tensor = getattr(norm, name)
+        if tensor is None:
+            continue
+        if tensor.shape != (width,) or not tensor.is_floating_point():
+            raise ValueError(
+                f"`{caller}`: `norm.{name}` must be floating point, [D] = [{width}], or None; "
+                f"got {tensor.dtype}, {tuple(tensor.shape)}; reshape it"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"`{caller}`: `norm.{name}` is on {tensor.device} and `x` on {device}; move it there"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"`{caller}`: `norm.{name}` requires a gradient, which is not supported; detach it, or leave `norm` "
+                "out and call `torch.nn.functional.layer_norm`"
+            )
+
+
+def layer_norm_reference(y: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm of y [B, N, D] in float32 or better, returned in y's dtype: the specification."""
+    wide = accumulation_dtype(y.dtype)
+    weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
+    return F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm.eps).to(y.dtype)
+
+
+def empty_norm(y: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized outputs of :func:`layer_norm` of y; without an `eps` there is no norm, and all have size 0."""
+    wide = accumulation_dtype(y.dtype)
+    rows: tuple[int, ...] = (0,) if eps is None else y.shape[:-1]
+    return (
+        y.new_empty(0 if eps is None else y.shape),
+        y.new_empty(rows, dtype=wide),
+        y.new_empty(rows, dtype=wide),
+    )
+
+
+def layer_norm(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of y [B, N, D] in its dtype, and `mean` and `rstd` [B, N] in float32 or better."""
+    if eps is None:
+        return empty_norm(y, eps)
+    wide = accumulation_dtype(y.dtype)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    normed, mean, rstd = torch.native_layer_norm(y.to(wide), y.shape[-1:], weight, bias, eps)
+    return normed.to(y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def layer_norm_backward(grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient of y [B, N, D], in float32 or better."""
+    wide = mean.dtype
+    weight = None if weight is None else weight.to(wide)
+    return torch.ops.aten.native_layer_norm_backward(
+        *(grad.to(wide), y.to(wide), y.shape[-1:], mean[..., None], rstd[..., None], weight, None),
+        [True, False, False],
+    )[0]

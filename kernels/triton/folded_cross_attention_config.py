@@ -1,0 +1,147 @@
+"""Tiles of folded cross-attention: how its H·P columns are cut, and the sizes of programs by architecture."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, NamedTuple
+
+Kernel = Literal["fwd", "bwd"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The tiles: groups of `heads` (h0, h1) times pieces of `prompts` (p0, p1), each a power of two or 0 for none."""
+
+    heads: tuple[int, int]
+    prompts: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.heads) * sum(self.prompts)
+
+    @property
+    def tiles(self) -> int:
+        return sum(1 for h, p in product(self.heads, self.prompts) if h * p)
+
+
+class Key(NamedTuple):
+    """What an entry of the table is for: up to `columns` columns, matrices of elements of `itemsize` bytes."""
+
+    architecture: int
+    kernel: Kernel
+    columns: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_m` rows a program; steps of `block_k` of the width in the first product, of `block_d` in the second."""
+
+    block_m: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# Chosen from the compiled code, without spills; not measured yet. Calls of more columns than any entry has are left to
+# the library's products: each program reads both folded matrices from L2, and wide ones cost more traffic than the
+# scores that are saved. Architecture 0 is the interpreter.
+TABLE: dict[Key, Config] = {
+    Key(0, "fwd", 512, 2): Config(128, 128, 128, 4, 1),
+    Key(0, "fwd", 512, 4): Config(128, 128, 128, 4, 1),
+    Key(0, "bwd", 512, 2): Config(128, 128, 128, 4, 1),
+    Key(0, "bwd", 512, 4): Config(128, 128, 128, 4, 1),
+    Key(80, "fwd", 128, 2): Config(64, 64, 64, 4, 3),
+    Key(80, "fwd", 192, 2): Config(64, 32, 64, 8, 3),
+    Key(80, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    Key(80, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    Key(80, "bwd", 192, 2): Config(64, 32, 64, 8, 3),
+    Key(80, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
+    Key(90, "fwd", 192, 2): Config(64, 64, 64, 4, 3),
+    Key(90, "fwd", 256, 2): Config(64, 64, 64, 4, 2),
+    Key(90, "fwd", 288, 2): Config(64, 64, 64, 8, 2),
+    Key(90, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    Key(90, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    Key(90, "bwd", 256, 2): Config(64, 64, 64, 8, 3),
+    Key(90, "bwd", 288, 2): Config(64, 64, 64, 8, 2),
+    Key(90, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
+    Key(100, "fwd", 192, 2): Config(64, 64, 64, 8, 2),
+    Key(100, "fwd", 256, 2): Config(64, 64, 32, 8, 1),
+    Key(100, "fwd", 128, 4): Config(16, 32, 64, 8, 2),
+    Key(100, "bwd", 128, 2): Config(64, 64, 64, 4, 3),
+    Key(100, "bwd", 256, 2): Config(64, 64, 64, 8, 2),
+    Key(100, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
+}
+
+# The fewest columns of a product's second factor, and how many columns of padding cost as much as a tile.
+_MIN_TILE, _TILE_COST = 16, 8
+
+
+@functools.cache
+def split(H: int, P: int) -> Columns:
+    """Return the tiles for H heads of P prompts with the least padding: 12 heads as 8 + 4, 20 prompts as 16 + 4."""
+    found = [
+        Columns(heads, prompts)
+        for heads, prompts in product(_sums(H), _sums(P))
+        if all(h * p >= _MIN_TILE or h * p == 0 for h, p in product(heads, prompts))
+    ]
+    return min(found, key=lambda c: (c.total + _TILE_COST * c.tiles, c.tiles))
+
+
+@functools.cache
+def limit(architecture: int, itemsize: int) -> int:
+    """Return the most columns that forward and backward both support."""
+    return min(
+        max(
+            key.columns
+            for key in TABLE
+            if (key.architecture, key.kernel, key.itemsize) == (architecture, kernel, itemsize)
+        )
+        for kernel in ("fwd", "bwd")
+    )
+
+
+def choose(
+    architecture: int,
+    kernel: Kernel,
+    columns: int,
+    itemsize: int,
+    wide_rows: bool = False,
+    norm: bool = False,
+) -> Config:
+    """Return the entry of the table with the least room for `columns` columns; no more than :func:`limit`.
+
+    `wide_rows`, float32 rows beside 16-bit matrices, are read in steps of half as many numbers: as many bytes. With the
+    `norm` they are written so too, which leaves registers for its sums.
+    """
+    room = min(
+        key.columns
+        for key in TABLE
+        if (key.architecture, key.kernel, key.itemsize) == (architecture, kernel, itemsize)
+        and key.columns >= columns
+    )
+    chosen = TABLE[Key(architecture, kernel, room, itemsize)]
+    if not wide_rows:
+        return chosen
+    return replace(chosen, block_k=chosen.block_k // 2, block_d=chosen.block_d // (2 if norm else 1))
+
+
+def candidates(key: Key) -> list[Config]:
+    """Return what to measure for one entry of the table: more rows a program read the matrices less often."""
+    if key.itemsize == 4:
+        return [Config(m, 32, d, w, s) for m, d, w, s in product((16, 32), (32, 64), (4, 8), (2, 3))]
+    return [
+        Config(m, k, d, warps, stages)
+        for (m, warps), k, d, stages in product(((64, 4), (64, 8), (128, 8)), (32, 64), (32, 64), (1, 2, 3))
+    ]
+
+
+def _sums(count: int) -> list[tuple[int, int]]:
+    """Return all (a, b) with b <= a, a + b >= count, a a power of two, b another or 0, and neither all padding."""
+    powers = [1 << i for i in range(max(count, _MIN_TILE).bit_length() + 1)]
+    return [
+        (a, b) for a in powers for b in (0, *powers) if b <= a and a + b >= count and (b == 0 or a < count)
+    ]

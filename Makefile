@@ -14,28 +14,32 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/include/*.
 # An editable install keeps a list of the packages that were there: a new one asks for a new install.
 PACKAGES := $(wildcard fastprompt/__init__.py fastprompt/*/__init__.py)
 
-# Two pytest workers at most, and no more threads in all than cores.
+# At most two pytest workers, which share the cores.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS := $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 TEST_THREADS := $(shell expr $(CORES) / $(WORKERS))
 PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
 	$(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:benchmark $(PYTEST_ARGS)
 
-.PHONY: help demo test test-oldest lint bench clean
+.PHONY: help demo test test-all test-oldest lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train prompts on real images on this machine and write the figures"
-	@echo "make test         the tests, with the newest torch and timm"
-	@echo "make test-oldest  the tests, with the oldest supported ones"
+	@echo "make test         the tests that cover every code path once, with the newest torch and timm; minutes"
+	@echo "make test-all     all tests"
+	@echo "make test-oldest  all tests, with the oldest supported torch and timm"
 	@echo "make lint         ruff, mypy"
 	@echo "make bench        correctness gate, then timings on this machine"
 	@echo "make clean        remove builds and caches; the environments stay, fastprompt is installed anew in them"
 
 demo: $(VENV)/.fastprompt-installed
-	$(VENV)/bin/fastprompt demo
+	$(VENV)/bin/python -m examples.digits
 
 test: $(VENV)/.fastprompt-installed
+	$(call PYTEST,$(VENV)) -m "not slow"
+
+test-all: $(VENV)/.fastprompt-installed
 	$(call PYTEST,$(VENV))
 
 test-oldest: $(VENV_OLDEST)/.fastprompt-installed

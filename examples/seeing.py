@@ -3,7 +3,7 @@
 A small ViT learns scikit-learn's handwritten digits 0 to 4 and is frozen; prompts of three methods then learn the
 digits 5 to 9, each for a few seconds, and are drawn.
 
-    python examples/seeing.py --out docs/images
+    python -m examples.seeing --out docs/images
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 import fastprompt
+from examples.digits.backbone import train_backbone
+from examples.digits.data import augment, digits
+from examples.digits.protocol import Backbone
 from fastprompt import viz
-from fastprompt.demo.backbone import train_backbone
-from fastprompt.demo.protocol import Backbone
-from fastprompt.training import Batches, LabelledImages, digits, evaluate, fit, split_per_class
+from fastprompt.training import Batches, LabelledImages, evaluate, fit, split_per_class
 
 NEW = range(5, 10)
 METHODS: dict[str, fastprompt.PromptConfig] = {
@@ -43,7 +44,7 @@ def trained(epochs: int, tuning_epochs: int) -> tuple[dict[str, Any], LabelledIm
         torch.manual_seed(0)  # the new head's and the prompts' first values
         own.reset_classifier(len(NEW))
         models[name] = model = fastprompt.get_prompt_model(own, config)
-        batches = Batches(train, 20, seed=0, distort=True)
+        batches = Batches(train, 20, seed=0, transform=augment)
         if name == "DA-VPT":
             model.fit_class_map(batches)
         fit(model, batches, epochs=tuning_epochs, lr=0.05)

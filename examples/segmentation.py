@@ -5,7 +5,7 @@ digit, or the background, at each pixel. A small ViT learns this for the digits 
 another domain, the photographic negatives of scenes with the digits 5 to 9: a new decoder learns them on the frozen
 encoder, and once more on the same encoder with deep prompts.
 
-    python examples/segmentation.py --steps 300 --seed 0
+    python -m examples.segmentation --steps 300 --seed 0
 
 The decoder is the progressive upsampling one of Zheng et al., "Rethinking Semantic Segmentation from a
 Sequence-to-Sequence Perspective with Transformers", CVPR 2021.

@@ -1,44 +1,62 @@
-"""What is read off a timm model around its blocks: how images become tokens, and which rows the head reads."""
+"""Read a timm model around its blocks: how images become tokens, and what its head reads of the last block."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
+import torch
+from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastprompt import vit
-from fastprompt.blocks import Span, select
-from fastprompt.refusals import refusal
+from fastprompt.blocks import Span, attention_of, select
+from fastprompt.config import Pool
+from fastprompt.ops.operator import autocast_enabled
+from fastprompt.refusals import class_path, refusal
+from fastprompt.vit import TimmBlock
 
 MODELS = (VisionTransformer, VisionTransformerDistilled, Eva)
-POOLS = ("backbone", "all", "image", "prompt")
+Backbone: TypeAlias = VisionTransformer | Eva
 
 
-class Reading(NamedTuple):
-    """The rows of the last block that the head reads: the first `rows`, the mean over `spans`, or (neither) all."""
+class HeadInput(NamedTuple):
+    """Rows of the last block that the head reads: the first `rows`, the mean over `spans`, or (neither) every row."""
 
     rows: int | None = None
     spans: tuple[Span, ...] | None = None
 
 
-def model_reason(model: Any) -> str | None:
-    """Why `model` cannot be prompted, or None."""
+def model_reason(model: nn.Module) -> str | None:
+    """Return why prompts are not supported for `model`, or None."""
     if type(model) not in MODELS:
         return refusal(model, MODELS)
-    if not model.blocks:
-        return f"{vit.class_path(model)}: it has no blocks"
-    for i, block in enumerate(model.blocks):
+    blocks = blocks_of(cast(Backbone, model))
+    if not blocks:
+        return f"{class_path(model)}: it has no blocks"
+    for i, block in enumerate(blocks):
         reason = vit.prompt_reason(block)
         if reason is not None:
             return f"blocks.{i}: {reason}"
     return None
 
 
-def pool_reason(model: Any, pool: str) -> str | None:
-    """Why the head of `model` cannot read what `pool` names, or None; "backbone" always works."""
+def attention_dropout_reason(model: Backbone) -> str | None:
+    """Return why the blocks of `model` cannot be in train mode, or None."""
+    for i, block in enumerate(blocks_of(model)):
+        probability = attention_of(block).attn_drop.p
+        if probability > 0:
+            return (
+                f"blocks.{i}: attention dropout {probability} would be active with backbone_train_mode=True and is not "
+                "supported; build the model with attn_drop_rate=0"
+            )
+    return None
+
+
+def pool_reason(model: Backbone, pool: Pool) -> str | None:
+    """Return why the head of `model` cannot read `pool`, or None; "backbone" always works."""
     if pool == "backbone":
         return None
     if isinstance(model, VisionTransformerDistilled):
@@ -50,69 +68,185 @@ def pool_reason(model: Any, pool: str) -> str | None:
     return None
 
 
-def patch_size(model: Any) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
+def blocks_of(model: Backbone) -> list[TimmBlock]:
+    """Return the blocks of `model`."""
+    return cast("list[TimmBlock]", list(model.blocks))
+
+
+def patch_size(model: Backbone) -> tuple[int, int]:
+    """Return height and width of a patch in pixels."""
     size = model.patch_embed.patch_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """images [B, C, h, w] -> tokens [B, N, D] as they enter block 0, and each block's rotary embedding or None."""
-    x = model.patch_embed(images)
-    if type(model) is not Eva:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
-        return x, [None] * len(model.blocks)
-    x, rope = model._pos_embed(x)
-    x = model.norm_pre(x)
-    if rope is not None and getattr(model, "rope_mixed", False):
-        return x, list(rope.unbind(0))
-    return x, [rope] * len(model.blocks)
-
-
-def has_rope(model: Any) -> bool:
-    """Whether the model's attention rotates queries and keys."""
+def has_rope(model: Backbone) -> bool:
+    """Return whether the model's attention rotates queries and keys."""
     return getattr(model, "rope", None) is not None
 
 
-def head_modules(model: Any) -> list[nn.Module]:
-    """The modules that train with a new task: the classifier (two for a distilled model)."""
+def head_modules(model: Backbone) -> list[nn.Module]:
+    """Return the modules that train with a new task: the classifier (two for a distilled model)."""
     head = model.get_classifier()
     return list(head) if isinstance(head, tuple) else [head]
 
 
-def read_backbone(model: Any, tokens: int, carried: int) -> Reading:
-    """What the model's own head reads of the last block, whose `tokens` rows include the `carried` prompts."""
+def check_images(model: Backbone, images: Tensor, caller: str) -> None:
+    """Raise TypeError or ValueError in the name of `caller` unless the model takes `images`."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"`{caller}`: `images` must be a tensor [B, C, h, w]; got {type(images).__name__}")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        raise ValueError(
+            f"`{caller}`: `images` must be [B, C, h, w]; got {shape}; "
+            "add the batch dimension of a single image by `images.unsqueeze(0)`"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"`{caller}`: `images` must be floating point; got {images.dtype}; "
+            "convert and normalise them as the model was trained (`images.float() / 255`, then mean and std)"
+        )
+    embed = model.patch_embed
+    weight = next(embed.parameters(), None)
+    if type(weight) is nn.Parameter:  # not a sharded or wrapped one, which is converted when it is used
+        if images.device != weight.device and weight.device.type != "meta":
+            raise ValueError(
+                f"`{caller}`: `images` are on {images.device} and the model on {weight.device}; "
+                f"move them by `images.to({str(weight.device)!r})`"
+            )
+        if images.dtype != weight.dtype and not autocast_enabled(images):
+            raise TypeError(
+                f"`{caller}`: `images` are {images.dtype} and the model {weight.dtype}; "
+                f"convert them by `images.to({weight.dtype})`, or run under `torch.autocast`"
+            )
+    if not isinstance(embed, PatchEmbed):
+        return
+    if isinstance(embed.proj, nn.Conv2d) and shape[1] != embed.proj.in_channels:
+        raise ValueError(
+            f"`{caller}`: `images` must have {embed.proj.in_channels} channels, [B, C, h, w]; got {shape}; "
+            f"move channels to dimension 1, or build the timm model with in_chans={shape[1]}"
+        )
+    height, width = shape[2:]
+    if embed.img_size is None:
+        return
+    if embed.strict_img_size:
+        if (height, width) != tuple(embed.img_size):
+            raise ValueError(
+                f"`{caller}`: `images` must be {embed.img_size[0]}x{embed.img_size[1]} pixels; got {height}x{width}; "
+                f"resize them, or build the timm model with img_size=({height}, {width}) or dynamic_img_size=True"
+            )
+    elif not embed.dynamic_img_pad:
+        rows, columns = patch_size(model)
+        if height % rows or width % columns or not height or not width:
+            raise ValueError(
+                f"`{caller}`: height and width of `images` must be multiples of {rows} and {columns}, the patch size; "
+                f"got {height}x{width}; resize them, or build the timm model with dynamic_img_pad=True"
+            )
+
+
+def check_labels(model: Backbone, images: Tensor, labels: Tensor, caller: str) -> None:
+    """Raise TypeError or ValueError in the name of `caller` unless `labels` [B] are classes of `images`.
+
+    Their range is checked on the CPU alone; elsewhere that would wait for the device.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"`{caller}`: `labels` must be a tensor [B]; got {type(labels).__name__}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"`{caller}`: `labels` must be [B] = {tuple(images.shape[:1])}; got {tuple(labels.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`{caller}`: `labels` must be int64 or int32; got {labels.dtype}; convert them")
+    if labels.device != images.device:
+        raise ValueError(
+            f"`{caller}`: `labels` are on {labels.device} and `images` on {images.device}; move them there"
+        )
+    head = head_modules(model)[0]
+    if (
+        labels.device.type == "cpu"
+        and labels.numel() > 0
+        and isinstance(head, nn.Linear)
+        and not torch.compiler.is_compiling()
+    ):
+        low, high = (int(x) for x in labels.aminmax())
+        if low < 0 or high >= head.out_features:
+            raise ValueError(
+                f"`{caller}`: `labels` must lie in 0..{head.out_features - 1}, the model's classes; "
+                f"got {low if low < 0 else high}; build the timm model with num_classes=..."
+            )
+
+
+def embed(model: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """images [B, C, h, w] -> tokens [B, N, D] as they enter block 0, and each block's rotary embedding or None."""
+    depth = len(model.blocks)
+    x = model.patch_embed(images)
+    if not isinstance(model, Eva):
+        return model.norm_pre(model.patch_drop(model._pos_embed(x))), [None] * depth
+    x, rope = model._pos_embed(x)
+    x = model.norm_pre(x)
+    if rope is not None and getattr(model, "rope_mixed", False):
+        return x, list(rope.unbind(0))
+    return x, [rope] * depth
+
+
+def head_input(model: Backbone, pool: Pool, carried: int) -> HeadInput:
+    """Return what the head reads of the last block, in whose rows `carried` prompts follow the prefix tokens."""
+    normed_after = isinstance(model.norm, nn.Identity)  # else the norm before the mean needs every row
+    if pool != "backbone":
+        return HeadInput(spans=_pool_spans(model, pool, carried)) if normed_after else HeadInput()
     if isinstance(model, VisionTransformerDistilled):
-        return Reading(rows=2)
+        return HeadInput(rows=2)
     if model.attn_pool is not None:
-        return Reading()
+        return HeadInput()
     if model.global_pool == "token":
-        return Reading(rows=1)
-    if model.global_pool == "avg" and isinstance(model.norm, nn.Identity):
-        prefix = model.num_prefix_tokens
-        patches = (prefix + carried, tokens)
-        if not getattr(model, "pool_include_prefix", False):
-            return Reading(spans=(patches,))
-        return Reading(spans=((0, tokens),) if carried == 0 else ((0, prefix), patches))
-    return Reading()
+        return HeadInput(rows=1)
+    if model.global_pool != "avg" or not normed_after:
+        return HeadInput()
+    if not getattr(model, "pool_include_prefix", False):
+        return HeadInput(spans=_pool_spans(model, "image", carried))
+    return HeadInput(spans=((0, None),) if carried == 0 else _without(model, carried))
 
 
-def pool_spans(model: Any, pool: str, tokens: int, carried: int) -> tuple[Span, ...]:
-    """The rows that `pool` ("all", "image" or "prompt") averages, prompts standing after the prefix tokens."""
-    prefix = model.num_prefix_tokens
-    return {
-        "all": ((prefix, tokens),),
-        "image": ((prefix + carried, tokens),),
-        "prompt": ((prefix, prefix + carried),),
-    }[pool]
+def apply_head(
+    model: Backbone, x: Tensor, reads: HeadInput, pool: Pool, carried: int
+) -> tuple[Tensor, Tensor]:
+    """Run final norm, pooling and classifier on what the last block computed for `reads`.
+
+    Returns:
+        The features [B, D] that the classifier reads, and the logits [B, classes].
+    """
+    if reads.spans is not None:
+        features = pooled_features(model, x)
+    elif pool == "backbone":
+        x = model.norm(x if reads.rows is not None else strip(model, x, carried))
+        features = model.forward_head(x, pre_logits=True)
+        if isinstance(model, VisionTransformerDistilled):
+            return features, model.forward_head(x)
+    else:
+        features = pooled_features(model, mean_of(model, model.norm(x), pool, carried))
+    return features, model.head(features)
 
 
-def classify(model: Any, pooled: Tensor, pre_logits: bool = False) -> Tensor:
-    """Pooled features [B, D] -> logits: the model's head after its pooling."""
-    x = model.head_drop(model.fc_norm(pooled))
-    return x if pre_logits else model.head(x)
+def pooled_features(model: Backbone, pooled: Tensor) -> Tensor:
+    """Pooled rows [B, D] -> the features [B, D] that the classifier reads."""
+    return model.head_drop(model.fc_norm(pooled))
 
 
-def mean_of(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """x [B, N, D] -> the mean [B, D] over the rows of `spans`."""
-    return select(x, spans).mean(1)
+def mean_of(model: Backbone, x: Tensor, pool: Pool, carried: int) -> Tensor:
+    """x [B, N + carried, D] -> the mean [B, D] over the rows of `pool` ("all", "image" or "prompt")."""
+    return select(x, _pool_spans(model, pool, carried)).mean(1)
+
+
+def strip(model: Backbone, x: Tensor, carried: int) -> Tensor:
+    """Rows [B, N + carried, D] without the prompts that follow the prefix tokens."""
+    return x if carried == 0 else select(x, _without(model, carried))
+
+
+def _without(model: Backbone, carried: int) -> tuple[Span, ...]:
+    return ((0, model.num_prefix_tokens), (model.num_prefix_tokens + carried, None))
+
+
+def _pool_spans(model: Backbone, pool: Pool, carried: int) -> tuple[Span, ...]:
+    start = model.num_prefix_tokens
+    if pool == "all":
+        return ((start, None),)
+    return ((start + carried, None),) if pool == "image" else ((start, start + carried),)

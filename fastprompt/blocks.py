@@ -1,16 +1,20 @@
-"""How one block runs with prompts: in full, for the rows the head reads, or for their mean.
+"""Run one block with prompts: in full, for the mean of some rows, or for its first rows alone.
 
-All three are exact (docs/shortcuts.md). Prompts enter a block in one of two ways: as keys and values alone
+All are exact (docs/shortcuts.md). Prompts enter a block in one of two ways: as keys and values alone
 (:class:`BlockPrompts`), or carried, as rows of the sequence between the prefix tokens and the patches.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
-from timm.layers import LayerNorm
+from timm.layers import GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastprompt import vit
 from fastprompt.ops import (
@@ -23,15 +27,19 @@ from fastprompt.ops import (
     row_attention,
 )
 from fastprompt.ops.dispatch import has_fused_kernel
+from fastprompt.vit import TimmAttention, TimmBlock
 
-Span = tuple[int, int]
+# Rows start..stop of a sequence; None is its end.
+Span: TypeAlias = tuple[int, int | None]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class BlockPrompts(NamedTuple):
-    """The prompts of one block: what its attention reads of them, made once for the whole batch.
+    """What the attention of one block reads of its prompts, prepared once for the whole batch.
 
-    `rows` [P, D] or [B, P, D] enter the key and value maps (the prompts after norm1), `key` and `value` [P, H, d] or
-    [B, P, H, d] are what comes out. Whichever the block does not use is None.
+    `key` and `value`, [P, H, d] or [B, P, H, d], are the projected prompts. A block that folds its key and value maps
+    away (:func:`folds`) reads `rows` [P, D] or [B, P, D] instead, the prompts after norm1.
     """
 
     rows: Tensor | None
@@ -47,75 +55,96 @@ class Cross(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a block is told besides tokens and prompts.
+    """What a block reads besides tokens and its own prompts.
 
-    `rope`: its rotary embedding; `carried` prompts stand in the sequence after `prefix` rows; `temperature` and `gate`:
-    GateVPT's one-element tensors, or None; `cross`: CVPT's cross-attention, or None; `normed`: norm1 of the tokens
-    [B, N, D] where the block before has made it, or None.
+    Attributes:
+        rope: the block's rotary embedding, or None.
+        prefix, carried: `carried` prompt rows follow the first `prefix` rows of the sequence.
+        masked: carried prompts attend to patches alone (DA-VPT's mask).
+        temperature, gate: GateVPT's one-element tensors, or None.
+        following: the next block, whose norm1 a gated block may compute, or None.
+        cross: CVPT's cross-attention, or None.
+        normed: norm1 of the tokens [B, N, D] if the block before has computed it, or None.
     """
 
     rope: Tensor | None = None
-    carried: int = 0
     prefix: int = 0
+    carried: int = 0
+    masked: bool = False
     temperature: Tensor | None = None
     gate: Tensor | None = None
+    following: TimmBlock | None = None
     cross: Cross | None = None
     normed: Tensor | None = None
 
 
-def prepare_prompts(block: Any, prompts: Tensor, *, folded: bool) -> BlockPrompts:
-    """Prompts [P, D] or [B, P, D] -> what the block's attention reads of them.
-
-    `folded` blocks run by :func:`run_rows` with folded maps and need no keys and values.
-    """
+def prepare_prompts(block: TimmBlock, prompts: Tensor, *, folded: bool) -> BlockPrompts:
+    """Prompts [P, D] or [B, P, D] -> what the attention of `block` reads of them, in :func:`run_rows` if `folded`."""
     block_adapter, attention = vit.adapters(block)
     rows = block_adapter.attention_input(block, prompts)
     if folded:
         return BlockPrompts(rows, None, None)
-    key, value = attention.keys_values(block.attn, rows)
-    return BlockPrompts(None, key, value)
+    return BlockPrompts(None, *attention.keys_values(attention_of(block), rows))
 
 
-def run_block(block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
-    """The whole block: x [B, N, D] -> [B, N, D]; with a gate, carried prompts are blended with those that entered."""
-    if context.gate is not None:
-        return run_gated(block, x, None, prompts, context)[0]
-    x = _cross(block, x, context, 1)
-    x, normed = _attention(block, x, prompts, context)
-    return _mlp(block, x, normed, context)
-
-
-def run_gated(
-    block: Any, x: Tensor, following: Any, prompts: BlockPrompts | None, context: Context
+def run_block(
+    block: TimmBlock,
+    x: Tensor,
+    prompts: BlockPrompts | None,
+    context: Context,
+    spans: tuple[Span, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The whole block, with a gate: x [B, N, D] -> [B, N, D], and norm1 of that for the block `following`.
+    """Run all rows through the block.
 
-    The second is None unless one kernel makes both.
+    Args:
+        x: [B, N, D], N counting carried prompts.
+        spans: return the mean over these rows of the output. `fc2` and layer scale are linear and act on the mean
+            then, one row instead of N.
+
+    Returns:
+        The output [B, N, D] (or its mean [B, D]), and norm1 of it for `context.following`, if one kernel computes both
+        (else None).
     """
-    adapter, _ = vit.adapters(block)
-    entered = x.narrow(1, context.prefix, context.carried)
-    x, normed = _attention(block, x, prompts, context)
+    adapter, attention = vit.adapters(block)
+    attn = attention_of(block)
+    x = entered = _cross(block, x, context, 1)
+    h = adapter.attention_input(block, x) if context.normed is None else context.normed
+    if context.masked:
+        out = _attend_masked(attn, h, context)
+    else:
+        keys_values = _keys_values(block, prompts)
+        out = vit.self_attend(
+            attn, h, keys_values, context.temperature, rope=context.rope, extra_prefix=context.carried
+        )
+    x, normed = _add_attention(block, x, attention.finish(attn, out, h), context)
+    if context.gate is None:
+        return (
+            _mlp(block, x, normed, context) if spans is None else _mlp_mean(block, x, normed, context, spans)
+        ), None
     delta = adapter.mlp_delta(block, block.mlp(_mlp_input(block, x, normed, context)))
     norm = None
-    if following is not None and has_fused_kernel("gated_blend", x):
-        norm = _frozen_norm(following, "norm1")
-    gate: Any = context.gate
-    return gated_blend(x, delta, entered, gate, context.prefix, context.carried, norm=norm)
+    if context.following is not None and has_fused_kernel("gated_blend", x):
+        norm = _frozen_norm(context.following, "norm1")
+    prompt_in = entered.narrow(1, context.prefix, context.carried)
+    x, normed = gated_blend(x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm)
+    return (x, normed) if spans is None else (select(x, spans).mean(1), None)
 
 
-def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, context: Context) -> Tensor:
-    """The block for its first `count` rows alone (prefix tokens: no gate touches them): x [B, N, D] -> [B, count, D].
+def run_rows(
+    block: TimmBlock, x: Tensor, prompts: BlockPrompts | None, context: Context, count: int
+) -> Tensor:
+    """Run the first `count` rows (prefix tokens: no gate touches them): x [B, N, D] -> [B, count, D].
 
-    Keys and values of the other rows are not made either, unless q/k norm or rotary embedding acts on them.
+    Keys and values of the other rows are not computed either, unless q/k norm or rotary embedding acts on them.
     """
-    _, attention = vit.adapters(block)
-    attn = block.attn
+    adapter, attention = vit.adapters(block)
+    attn = attention_of(block)
     x = _cross(block, x, context, 1)
-    h = _attention_input(block, x, context)
+    h = adapter.attention_input(block, x) if context.normed is None else context.normed
     read = h[:, :count]
     q = attention.queries(attn, read)
-    weights = attention.weights(attn)
-    if folds(block, context.rope is not None) and weights is not None:
+    if folds(block, context.rope is not None):
+        weights = attention.plain_weights(attn)
         out = row_attention(
             q,
             h,
@@ -133,45 +162,71 @@ def run_rows(block: Any, x: Tensor, count: int, prompts: BlockPrompts | None, co
     return _mlp(block, rows, normed, context)
 
 
-def run_mean(
-    block: Any, x: Tensor, spans: tuple[Span, ...], prompts: BlockPrompts | None, context: Context
-) -> Tensor:
-    """The mean over the rows of `spans` of the block's output: x [B, N, D] -> [B, D].
-
-    `fc2` and layer scale are linear and act on the mean, one row instead of N.
-    """
-    if context.gate is not None:
-        return select(run_block(block, x, prompts, context), spans).mean(1)
-    adapter, _ = vit.adapters(block)
-    x = _cross(block, x, context, 1)
-    x, normed = _attention(block, x, prompts, context)
-    x, normed = select(x, spans), None if normed is None else select(normed, spans)
-    if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
-        return _mlp(block, x, normed, context).mean(1)
-    hidden = vit.mlp_hidden(block.mlp, _mlp_input(block, x, normed, context)).mean(1, keepdim=True)
-    return adapter.add_mlp(block, x.mean(1, keepdim=True), block.mlp.fc2(hidden)).squeeze(1)
+def attention_of(block: TimmBlock) -> TimmAttention:
+    """Return the attention module of `block`."""
+    return cast(TimmAttention, block.attn)
 
 
-def folds(block: Any, rope: bool) -> bool:
-    """Whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
-    return vit.adapters(block)[1].can_absorb_kv(block.attn, rope) and not vit.drops_attention(block.attn)
+def recomputed(model: nn.Module, run: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return `run`, recomputed in the backward if the timm `model` has gradient checkpointing on."""
+    if not getattr(model, "grad_checkpointing", False):
+        return run
+    return partial(checkpoint, run, use_reentrant=False)
+
+
+def folds(block: TimmBlock, rope: bool) -> bool:
+    """Return whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
+    attn = attention_of(block)
+    return vit.attention_adapter(attn).can_absorb_kv(attn, rope) and not vit.drops_attention(attn)
 
 
 def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """The rows of x [B, N, D] that lie in `spans`, in order."""
+    """Return the rows of x [B, N, D] that lie in `spans`, in order."""
     if len(spans) == 1:
         start, stop = spans[0]
         return x[:, start:stop]
     return torch.cat([x[:, start:stop] for start, stop in spans], dim=1)
 
 
-def _frozen_norm(block: Any, name: str) -> Norm | None:
-    """Return norm1 or norm2 of `block` if it is a LayerNorm before its branch that neither trains nor has hooks."""
+def cross_attention(block: TimmBlock, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
+    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention.
+
+    With `residual`, x is added.
+    """
+    if isinstance(cross.prompts, FoldedPrompts):
+        return folded_cross_attention(x, cross.prompts, residual=residual)[0]
+    attn = attention_of(block)
+    weights = vit.attention_adapter(attn).plain_weights(attn)
+    out = direct_cross_attention(x, cross.prompts, weights, scale=attn.scale)
+    return x + out if residual else out
+
+
+def _attend_masked(attn: TimmAttention, h: Tensor, context: Context) -> Tensor:
+    """Self-attention in which the carried prompts attend to patches alone: h [B, N, D] -> [B, N, H, d]."""
+    start, stop = context.prefix, context.prefix + context.carried
+    q, k, v = vit.attention_adapter(attn).qkv(attn, h, context.rope, context.carried)
+    image = vit.attend(attn, select(q, ((0, start), (stop, None))), k, v, None, context.temperature)
+    prompt = vit.attend(attn, q[:, start:stop], k[:, stop:], v[:, stop:], None, context.temperature)
+    return torch.cat([image[:, :start], prompt, image[:, start:]], dim=1)
+
+
+def _keys_values(block: TimmBlock, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:
+    if prompts is None:
+        return None
+    if prompts.key is not None and prompts.value is not None:
+        return prompts.key, prompts.value
+    # Prepared for `run_rows`, and now all rows are asked for.
+    return (
+        None
+        if prompts.rows is None
+        else vit.adapters(block)[1].keys_values(attention_of(block), prompts.rows)
+    )
+
+
+def _frozen_norm(block: TimmBlock, name: str) -> Norm | None:
+    """Return norm1 or norm2 of `block` if it is a frozen LayerNorm before its branch, without hooks; else None."""
     norm = getattr(block, name)
-    if isinstance(vit.adapters(block)[0], vit.ResPostBlockAdapter) or type(norm) not in (
-        nn.LayerNorm,
-        LayerNorm,
-    ):
+    if isinstance(block, ResPostBlock) or type(norm) not in (nn.LayerNorm, LayerNorm):
         return None
     watched = (
         norm._forward_pre_hooks or norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
@@ -181,28 +236,12 @@ def _frozen_norm(block: Any, name: str) -> Norm | None:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _attention_input(block: Any, x: Tensor, context: Context) -> Tensor:
-    """What enters the attention's maps for the block's input x, both [B, N, D]."""
-    return vit.adapters(block)[0].attention_input(block, x) if context.normed is None else context.normed
-
-
-def _attention(
-    block: Any, x: Tensor, prompts: BlockPrompts | None, context: Context
+def _add_attention(
+    block: TimmBlock, x: Tensor, out: Tensor, context: Context
 ) -> tuple[Tensor, Tensor | None]:
-    """x [B, N, D] plus its attention (and the cross-attention beside it or after it); norm2 as `_add_attention`."""
-    _, attention = vit.adapters(block)
-    h = _attention_input(block, x, context)
-    prompt_keys = _keys_values(block, prompts)
-    out = vit.self_attend(
-        block.attn, h, prompt_keys, context.temperature, rope=context.rope, extra_prefix=context.carried
-    )
-    return _add_attention(block, x, attention.finish(block.attn, out, h), context)
+    """Add the attention's output (and the cross-attention beside or after it) to x, both [B, N, D].
 
-
-def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-    """x [B, N, D] plus what the attention's branch adds to it, and norm2 of that.
-
-    The second is None unless one kernel makes both.
+    The second result is norm2 of the sum if one kernel computes both, else None.
     """
     adapter, _ = vit.adapters(block)
     cross = context.cross
@@ -218,46 +257,36 @@ def _add_attention(block: Any, x: Tensor, out: Tensor, context: Context) -> tupl
     return cross_attention(block, x, cross, residual=True), None
 
 
-def _mlp_input(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
-    """What enters the MLP for x [B, N, D]; `normed`: norm2 of x, where it is made already."""
+def _mlp_input(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+    """Return what enters the MLP for x [B, N, D]; `normed` is norm2 of x if it has been computed, or None."""
     if normed is not None:
         return normed
-    adapter, _ = vit.adapters(block)
-    h = adapter.mlp_input(block, x)
+    h = vit.adapters(block)[0].mlp_input(block, x)
     if context.cross is not None and context.cross.insert == 4:
         return h + cross_attention(block, x, context.cross)
     return h
 
 
-def _mlp(block: Any, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
-    adapter, _ = vit.adapters(block)
-    x = adapter.add_mlp(block, x, block.mlp(_mlp_input(block, x, normed, context)))
+def _mlp(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+    x = vit.adapters(block)[0].add_mlp(block, x, block.mlp(_mlp_input(block, x, normed, context)))
     return _cross(block, x, context, 5)
 
 
-def _cross(block: Any, x: Tensor, context: Context, insert: int) -> Tensor:
-    """x [B, N, D], plus the cross-attention if it stands at this end of the block (1 or 5)."""
+def _mlp_mean(
+    block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context, spans: tuple[Span, ...]
+) -> Tensor:
+    """The mean over `spans` of what :func:`_mlp` returns; only their rows run, and `fc2` after the mean."""
+    adapter, _ = vit.adapters(block)
+    x, normed = select(x, spans), None if normed is None else select(normed, spans)
+    if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
+        return _mlp(block, x, normed, context).mean(1)
+    mlp = cast(Mlp | GluMlp | SwiGLU, block.mlp)
+    hidden = vit.mlp_hidden(mlp, _mlp_input(block, x, normed, context)).mean(1, keepdim=True)
+    return adapter.add_mlp(block, x.mean(1, keepdim=True), mlp.fc2(hidden)).squeeze(1)
+
+
+def _cross(block: TimmBlock, x: Tensor, context: Context, insert: int) -> Tensor:
+    """Add the cross-attention to x [B, N, D] if it stands at this end of the block (1 or 5)."""
     if context.cross is None or context.cross.insert != insert:
         return x
     return cross_attention(block, x, context.cross, residual=True)
-
-
-def cross_attention(block: Any, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
-    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention.
-
-    With `residual`, x is added.
-    """
-    if isinstance(cross.prompts, FoldedPrompts):
-        return folded_cross_attention(x, cross.prompts, residual=residual)[0]
-    weights = vit.adapters(block)[1].plain_weights(block.attn)
-    out = direct_cross_attention(x, cross.prompts, weights, scale=block.attn.scale)
-    return x + out if residual else out
-
-
-def _keys_values(block: Any, prompts: BlockPrompts | None) -> tuple[Tensor, Tensor] | None:
-    if prompts is None:
-        return None
-    if prompts.key is not None and prompts.value is not None:
-        return prompts.key, prompts.value
-    # Prepared for `run_rows`, and now all rows are asked for.
-    return vit.adapters(block)[1].keys_values(block.attn, prompts.rows) if prompts.rows is not None else None

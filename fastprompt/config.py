@@ -1,11 +1,11 @@
-"""What a method is told: frozen dataclasses, checked when made, to JSON and back."""
+"""Configurations of the methods: frozen dataclasses, checked when created, to JSON and back."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 Pool = Literal["backbone", "all", "image", "prompt"]
 
@@ -18,13 +18,41 @@ _C = TypeVar("_C", bound="PromptConfig")
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Common ground of the methods' configurations."""
+    """Base class of the methods' configurations, and the fields they share.
+
+    Args:
+        num_prompts: P, prompts of a block.
+        pool: what the head reads. "backbone": what the timm model reads, without prompts; "all": the mean of everything
+            but the prefix tokens, prompts included (the official code's "original" for MAE); "image": the mean of the
+            patches; "prompt": the mean of the prompts.
+        dropout: probability in [0, 1) of dropping prompt values in training; each image draws its own mask.
+        backbone_train_mode: True puts the frozen blocks into train mode with the model (drop-path active).
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
 
     method: ClassVar[str] = ""
+    min_prompts: ClassVar[int] = 1
+
+    num_prompts: int
+    _: KW_ONLY
+    pool: Pool = "backbone"
+    dropout: float = 0.0
+    backbone_train_mode: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _registry[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        self._check_int("num_prompts", self.min_prompts, MAX_PROMPTS)
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                self._fail(name, f"one of {get_args(hint)}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            self._fail("dropout", "a number in [0, 1)")
+        self._check_bool("backbone_train_mode")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the method's name under "method"."""
@@ -88,11 +116,6 @@ class PromptConfig:
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "True or False")
 
-    def _check_probability(self, field: str) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            self._fail(field, "a number in [0, 1)")
-
     def _check_number(self, field: str, above: float | None = None, low: float | None = None) -> None:
         value = getattr(self, field)
         if (
@@ -102,13 +125,6 @@ class PromptConfig:
         ):
             need = "" if above is None else f" > {above}"
             self._fail(field, "a finite number" + (need if low is None else f" >= {low}"))
-
-    def _check_choice(self, field: str, *choices: str) -> None:
-        if getattr(self, field) not in choices:
-            self._fail(field, f"one of {choices}")
-
-    def _check_pool(self) -> None:
-        self._check_choice("pool", *get_args(Pool))
 
 
 @dataclass(frozen=True)
@@ -121,37 +137,27 @@ class VPTConfig(PromptConfig):
             and flows on as tokens (VPT-Shallow).
         blocks: deep only: the first so many blocks have their own prompts, later ones carry the last on as tokens;
             None for all.
-        pool: what the head reads. "backbone": what the timm model reads, without prompts; "all": the mean of everything
-            but the prefix tokens, prompts included (the official code's "original" for MAE); "image": the mean of the
-            patches; "prompt": the mean of the prompts.
-        dropout: probability in [0, 1) of dropping prompt values in training; each image draws its own mask.
         shared_across_blocks: deep only: one set of prompts for all prompted blocks.
         project: width of the prompts before a trained linear map to the model's width; None for no map.
-        backbone_train_mode: True puts the frozen blocks into train mode with the model (drop-path active); the official
-            code keeps them in eval mode.
+        pool, dropout, backbone_train_mode: see :class:`PromptConfig`. The official code keeps the blocks in eval mode.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
 
     method: ClassVar[str] = "vpt"
+    min_prompts: ClassVar[int] = 0
 
-    num_prompts: int
     deep: bool = True
     blocks: int | None = None
-    pool: Pool = "backbone"
-    dropout: float = 0.0
     shared_across_blocks: bool = False
     project: int | None = None
-    backbone_train_mode: bool = False
 
     def __post_init__(self) -> None:
-        self._check_int("num_prompts", 0, MAX_PROMPTS)
-        self._check_bool("deep", "shared_across_blocks", "backbone_train_mode")
+        super().__post_init__()
+        self._check_bool("deep", "shared_across_blocks")
         self._check_int("blocks", 1, optional=True)
         self._check_int("project", 1, optional=True)
-        self._check_probability("dropout")
-        self._check_pool()
         if not self.deep and self.blocks is not None:
             raise ValueError(
                 f"VPTConfig: `blocks`={self.blocks} needs deep=True; shallow prompts enter block 0 only"
@@ -175,9 +181,7 @@ class GateVPTConfig(PromptConfig):
         temperature: True, one trained temperature for each block, from 1; a number, that temperature for all blocks,
             fixed; False, none.
         temperature_range: trained temperatures are clamped to it, in place, before every forward.
-        pool: what the head reads, as for :class:`VPTConfig`.
-        dropout: probability of dropping prompt values in training; each image draws its own mask.
-        backbone_train_mode: True puts the frozen blocks into train mode with the model; the official code does not.
+        pool, dropout, backbone_train_mode: see :class:`PromptConfig`. The official code keeps the blocks in eval mode.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -185,17 +189,15 @@ class GateVPTConfig(PromptConfig):
 
     method: ClassVar[str] = "gate_vpt"
 
-    num_prompts: int
     gate_init: float = 5.0
     num_gates: int | None = None
     temperature: bool | float = True
     temperature_range: tuple[float, float] = (0.01, 10.0)
-    pool: Pool = "backbone"
+    _: KW_ONLY
     dropout: float = 0.1
-    backbone_train_mode: bool = False
 
     def __post_init__(self) -> None:
-        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        super().__post_init__()
         self._check_number("gate_init")
         self._check_int("num_gates", 0, optional=True)
         if not isinstance(self.temperature, bool):
@@ -204,9 +206,6 @@ class GateVPTConfig(PromptConfig):
         if len(limits) != 2 or not all(_is_number(t) for t in limits) or not 0 < limits[0] <= limits[1]:
             self._fail("temperature_range", "two numbers, 0 < low <= high")
         object.__setattr__(self, "temperature_range", limits)  # JSON gives a list
-        self._check_pool()
-        self._check_probability("dropout")
-        self._check_bool("backbone_train_mode")
 
 
 @dataclass(frozen=True)
@@ -217,9 +216,9 @@ class CVPTConfig(PromptConfig):
         num_prompts: P >= 1, prompts of each block.
         insert: where the cross-attention stands: 1 before self-attention, 2 beside it, 3 after it (the paper's choice),
             4 in the MLP's input, 5 after the MLP. Drop-path acts on it in 2 and 4.
-        dropout: probability of dropping prompt values in training, 0.1 in the paper's recipe; each image draws its own
-            mask.
-        backbone_train_mode: True, as in the official code, puts the frozen blocks into train mode with the model.
+        pool: "backbone" alone: CVPT's prompts are no rows that a head could read.
+        dropout: see :class:`PromptConfig`; the paper's recipe uses 0.1.
+        backbone_train_mode: see :class:`PromptConfig`; True as in the official code.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -227,16 +226,18 @@ class CVPTConfig(PromptConfig):
 
     method: ClassVar[str] = "cvpt"
 
-    num_prompts: int
     insert: int = 3
-    dropout: float = 0.0
+    _: KW_ONLY
     backbone_train_mode: bool = True
 
     def __post_init__(self) -> None:
-        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        super().__post_init__()
         self._check_int("insert", 1, 5)
-        self._check_probability("dropout")
-        self._check_bool("backbone_train_mode")
+        if self.pool != "backbone":
+            raise ValueError(
+                f"CVPTConfig: `pool` must be 'backbone'; got {self.pool!r}; choose what the head reads by the timm "
+                "model's `global_pool`"
+            )
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,8 @@ class DAVPTConfig(PromptConfig):
 
     Args:
         num_prompts: P, prompts of each block that is not guided.
-        num_proxy_prompts: P_g, prompts of each guided block, the proxies of the classes; no more than there are classes
-            are made.
+        num_proxy_prompts: P_g, prompts of each guided block, the proxies of the classes; at most as many as there are
+            classes are created.
         guided_blocks: (first, last), the guided blocks, both included.
         prompt_norm: what prompts pass through first: "none", "l2" or "layer" (a trained LayerNorm).
         criterion: "proxy_anchor" or "proxy_nca".
@@ -257,12 +258,13 @@ class DAVPTConfig(PromptConfig):
         patch_weight, class_weight: factors of the two losses.
         proxy_scale: factor on the similarities; 1 is the bare default of the official code, 5 that of its recipes.
         alpha, delta: sharpness and margin of the loss.
-        pool: what the head reads, as for :class:`VPTConfig`.
-        dropout: probability of dropping prompt values in training; each image draws its own mask.
         feature_norm: what the classes' mean features pass through before they are clustered: "layer", "l2" or "none".
         tune: "prompts", or "prompts+biases" (DA-VPT+), which trains in place on the timm model: the class token, the
             biases of k, v, proj (the patch embedding's too), fc2 and norm2, and norm1; not q's bias.
-        backbone_train_mode: True, as in the official code, puts the frozen blocks into train mode with the model.
+        mask_prompts: True, the official code's `mask`: prompts attend to patches alone, neither to prefix tokens nor to
+            prompts. It changes the logits only for `pool` "all" and "prompt", where the head reads prompt rows.
+        pool, dropout: see :class:`PromptConfig`.
+        backbone_train_mode: see :class:`PromptConfig`; True as in the official code.
 
     The patch feature is always the mean of the patch rows at the guided block's input, as in the official code.
 
@@ -272,7 +274,6 @@ class DAVPTConfig(PromptConfig):
 
     method: ClassVar[str] = "da_vpt"
 
-    num_prompts: int
     num_proxy_prompts: int
     guided_blocks: tuple[int, int]
     prompt_norm: Literal["none", "l2", "layer"] = "none"
@@ -285,34 +286,25 @@ class DAVPTConfig(PromptConfig):
     proxy_scale: float = 5.0
     alpha: float = 32.0
     delta: float = 0.1
-    pool: Pool = "backbone"
-    dropout: float = 0.0
     feature_norm: Literal["layer", "l2", "none"] = "layer"
     tune: Literal["prompts", "prompts+biases"] = "prompts"
+    mask_prompts: bool = False
+    _: KW_ONLY
     backbone_train_mode: bool = True
 
     def __post_init__(self) -> None:
-        self._check_int("num_prompts", 1, MAX_PROMPTS)
+        super().__post_init__()
         self._check_int("num_proxy_prompts", 1, MAX_PROMPTS)
         guided = tuple(self.guided_blocks)
         if len(guided) != 2 or not all(type(i) is int for i in guided) or not 0 <= guided[0] <= guided[1]:
             self._fail("guided_blocks", "two block indices, 0 <= first <= last")
         object.__setattr__(self, "guided_blocks", guided)  # JSON gives a list
-        self._check_choice("prompt_norm", "none", "l2", "layer")
-        self._check_choice("criterion", "proxy_anchor", "proxy_nca")
-        self._check_choice("class_feature", "cls", "query", "key")
-        self._check_choice("proxy_for_class", "prompt", "query", "key")
-        self._check_choice("proxy_for_patch", "prompt", "query", "key")
-        self._check_choice("feature_norm", "layer", "l2", "none")
-        self._check_choice("tune", "prompts", "prompts+biases")
         for name in ("patch_weight", "class_weight", "delta"):
             self._check_number(name, low=0)
         for name in ("proxy_scale", "alpha"):
             self._check_number(name, above=0)
-        self._check_pool()
-        self._check_probability("dropout")
-        self._check_bool("backbone_train_mode")
+        self._check_bool("mask_prompts")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,28 +1,27 @@
-"""`as_encoder`: the blocks of a prompted model as feature maps, for heads that predict something for every pixel."""
+"""`as_encoder`: a prompted model as the encoder of a dense head, such as one for segmentation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
-from timm.models._features import FeatureInfo
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from fastprompt.model import PromptModel
 
 
 def as_encoder(model: PromptModel, indices: int | Sequence[int], *, norm: bool = False) -> PromptEncoder:
-    """Read a prompted model as the encoder of a dense head: images -> a map of patch features for each block asked for.
+    """Return `model` as an encoder: images -> a map of patch features for each block in `indices`.
 
     Args:
-        model: any method's; its parameters are shared, so that training the encoder trains the prompts.
+        model: any method's; its parameters are shared, so training the encoder trains the prompts.
         indices: the blocks after which features are read, increasing; negative ones count from the end, an int asks for
             the last so many.
         norm: apply the model's final norm to each map.
 
     Raises:
-        TypeError: `model` is no `PromptModel`, or `indices` are no integers.
+        TypeError: `model` is not a `PromptModel`, or `indices` are not integers.
         ValueError: `indices` are empty, out of range or not increasing.
         NotImplementedError: the model's patches form no grid.
     """
@@ -98,17 +97,17 @@ def _blocks(indices: int | Sequence[int], depth: int) -> list[int]:
 
 
 def _no_grid_reason(model: PromptModel) -> str | None:
-    """Why the patch tokens of this model are no map, or None."""
-    base: Any = model.base
+    """Return why the patch tokens of this model are no map, or None."""
+    base = model.base
     embed = base.patch_embed
     if not callable(getattr(embed, "dynamic_feat_size", None)):
         return (
-            f"{type(embed).__name__} says nothing of its grid of patches (`dynamic_feat_size`), so that tokens cannot "
-            "be laid out as a map; use a model with timm's PatchEmbed"
+            f"{type(embed).__name__} has no `dynamic_feat_size`, so its tokens cannot be arranged as a map; "
+            "use a model with timm's PatchEmbed"
         )
-    if getattr(base.patch_drop, "prob", 0) > 0 and getattr(model.config, "backbone_train_mode", False):
+    if getattr(base.patch_drop, "prob", 0) > 0 and model.config.backbone_train_mode:
         return (
             f"patches are dropped in training (patch_drop_rate={base.patch_drop.prob} with backbone_train_mode=True), "
-            "and what is left is no map; build the model with patch_drop_rate=0"
+            "and the remaining patches are no map; build the model with patch_drop_rate=0"
         )
     return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections import OrderedDict
 from typing import Any
 
 import golden_files
 import pytest
 import torch
 from official_states import CASES, State, golden, output, prefixed
+from torch import Tensor, nn
 
 import fastprompt
 from fastprompt import load_official_state_dict
@@ -24,8 +27,12 @@ PREFIXES = [
 ]
 
 
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def same_output(model: Any, case: golden_files.Case) -> None:
-    torch.testing.assert_close(model(case.tensors["input"]), output(case), rtol=1e-9, atol=1e-12)
+    close(model(case.tensors["input"]), output(case))
 
 
 def vpt(num_prompts: int = 4, num_classes: int = 3, **options: Any) -> Any:
@@ -50,7 +57,8 @@ def refused(model: Any, state: Any, strict: bool = True) -> list[str]:
     with pytest.raises(ValueError, match="`load_official_state_dict`") as error:
         load_official_state_dict(model, state, strict=strict)
     for name, t in model.state_dict().items():
-        torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(t.isnan(), before[name].isnan()), name
+        assert torch.equal(t.nan_to_num(), before[name].nan_to_num()), name
     return str(error.value).splitlines()
 
 
@@ -153,6 +161,53 @@ def test_norm_of_da_vpts_prompts_and_no_unguided_blocks() -> None:
     assert torch.equal(model.prompt_norm.bias, state["vpt_norm.bias"].double())
 
 
+def da_vpt() -> tuple[Any, State]:
+    """A model of three classes and two proxies, and a state for it with the class map that DA-VPT's module holds."""
+    base = golden_files.backbone(False, num_classes=3)
+    state: State = {
+        "proxy_prompt_tokens": torch.randn(1, 2, 64),
+        "other_prompt_tokens": torch.randn(2, 4, 64),
+        "head.weight": torch.randn(3, 64),
+        "head.bias": torch.randn(3),
+    }
+    return fastprompt.get_prompt_model(base, fastprompt.DAVPTConfig(4, 2, (1, 1))), state
+
+
+@pytest.mark.parametrize("mapping", [[1, 0, 0], [1.0, 0.0, 0.0], torch.tensor([1, 0, 0])], ids=repr)
+def test_class_map_of_da_vpt(mapping: Any) -> None:
+    model, state = da_vpt()
+    centroids = torch.randn(2, 64)
+    extra = {"vpt_criterion.mapping": mapping, "vpt_criterion.centroids": centroids}
+    assert load_official_state_dict(model, {**state, **extra}).loaded == (*state, *extra)
+    assert model.class_to_prompt.tolist() == [1, 0, 0]
+    assert model.class_to_prompt.dtype == torch.int64
+    assert torch.equal(model.class_centroids, centroids.double())
+
+
+def test_class_map_is_optional() -> None:
+    model, state = da_vpt()
+    before = model.class_to_prompt.clone()
+    assert load_official_state_dict(model, state).missing == ()
+    assert torch.equal(model.class_to_prompt, before)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ([0, 1, 2], "must name prompts of 0..1 for all classes; check `num_proxy_prompts`"),
+        ([0, -1, 1], "must name prompts of 0..1"),
+        ([0, 0.5, 1], "must name prompts of 0..1"),
+        ([0, float("nan"), 1], "must name prompts of 0..1"),
+        ([0, 1j, 1], "is torch.complex64; integers are needed"),
+        ([0, 1], "is (2,), the model's is (3,); check the timm model's `num_classes`"),
+    ],
+)
+def test_broken_class_maps_are_refused(mapping: Any, message: str) -> None:
+    model, state = da_vpt()
+    (line,) = refused(model, {**state, "vpt_criterion.mapping": mapping}, strict=False)[1:]
+    assert line.startswith(f"- vpt_criterion.mapping: {message}")
+
+
 def test_gate_vpt_without_gates_and_temperature_reads_plain_prompts() -> None:
     base = golden_files.backbone(False)
     model = fastprompt.get_prompt_model(base, fastprompt.GateVPTConfig(4, num_gates=0, temperature=False))
@@ -169,8 +224,7 @@ def test_error_lists_everything_and_changes_nothing() -> None:
     del state["head.last_layer.bias"]
     lines = refused(vpt(), state)
     assert lines[1:] == [
-        "- prompt_embeddings: is (1, 9, 64), the model's is (1, 4, 64); see `num_prompts` and `project` of the "
-        "configuration",
+        "- prompt_embeddings: is (1, 9, 64), the model's is (1, 4, 64); check `num_prompts`",
         "- unexpected: side_alpha",
         "- missing: base.head.bias",
     ]
@@ -190,34 +244,131 @@ def test_not_strict_reports_what_is_missing_and_unexpected() -> None:
     assert torch.equal(model.prompts[1], kept)
 
 
+def gate_vpt(num_prompts: int = 4, **options: Any) -> Any:
+    return fastprompt.get_prompt_model(
+        golden_files.backbone(False), fastprompt.GateVPTConfig(num_prompts, **options)
+    )
+
+
+WIDTH = "the timm model's width (`embed_dim`)"
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    ("options", "state", "remedy"),
+    ("model", "state", "lines"),
     [
-        ({}, {"deep": 3}, "see `deep`, `blocks`"),
-        ({"blocks": 2}, {}, "see `deep`, `blocks`"),
-        ({}, {"num_prompts": 5}, "`num_prompts`"),
-        ({}, {"num_classes": 5}, "`num_classes`"),
+        (
+            vpt(),
+            vpt_state(deep=3),
+            ["deep_prompt_embeddings: is (3, 4, 64), the model's is (2, 4, 64); check `deep` and `blocks`"],
+        ),
+        (
+            vpt(blocks=2),
+            vpt_state(),
+            ["deep_prompt_embeddings: is (2, 4, 64), the model's is (1, 4, 64); check `deep` and `blocks`"],
+        ),
+        (
+            vpt(),
+            vpt_state(num_prompts=5),
+            [
+                "prompt_embeddings: is (1, 5, 64), the model's is (1, 4, 64); check `num_prompts`",
+                "deep_prompt_embeddings: is (2, 5, 64), the model's is (2, 4, 64); check `num_prompts`",
+            ],
+        ),
+        (
+            vpt(deep=False),
+            vpt_state(deep=0) | {"prompt_embeddings": torch.randn(1, 5, 32)},
+            [
+                "prompt_embeddings: is (1, 5, 32), the model's is (1, 4, 64); check `num_prompts` and `project`, or "
+                + WIDTH
+            ],
+        ),
+        (
+            gate_vpt(),
+            {"prompt_embeddings": torch.randn(1, 5, 32), "gate_logit": torch.randn(1), "temp": torch.ones(3)},
+            [
+                f"prompt_embeddings: is (1, 5, 32), the model's is (1, 4, 64); check `num_prompts` and {WIDTH}",
+                "gate_logit: is (1,), the model's is (2,); check `num_gates`",
+            ],
+        ),
+        (
+            vpt(),
+            vpt_state(num_classes=5),
+            [
+                "head.last_layer.weight: is (5, 64), the model's is (3, 64); check the timm model's `num_classes`, or "
+                "remove the head from the state",
+                "head.last_layer.bias: is (5,), the model's is (3,); check the timm model's `num_classes`, or remove "
+                "the head from the state",
+            ],
+        ),
+        (
+            vpt(deep=False),
+            vpt_state(),
+            ["deep_prompt_embeddings: the model has no such parameter; check `deep` of the configuration"],
+        ),
+        (
+            vpt(0),
+            vpt_state(deep=0),
+            ["prompt_embeddings: the model has no such parameter; check `num_prompts` of the configuration"],
+        ),
+        (
+            gate_vpt(temperature=1.0),
+            {"prompt_embeddings": torch.randn(1, 4, 64), "gate_logit": torch.randn(2), "temp": torch.ones(3)},
+            ["temp: the model has no such parameter; check `temperature` of the configuration"],
+        ),
     ],
-    ids=["more blocks", "fewer blocks", "prompts", "classes"],
+    ids=[
+        "more blocks",
+        "fewer blocks",
+        "prompts",
+        "prompts and width",
+        "GateVPT",
+        "classes",
+        "deep into shallow",
+        "no prompts",
+        "fixed temperature",
+    ],
 )
-def test_other_shapes_are_refused_with_the_remedy(
-    options: dict[str, Any], state: dict[str, int], remedy: str, strict: bool
+def test_other_sizes_and_options_are_refused_with_the_remedy(
+    model: Any, state: State, lines: list[str], strict: bool
 ) -> None:
-    lines = refused(vpt(**options), vpt_state(**state), strict)
-    assert len(lines) >= 2
-    assert all(remedy in line for line in lines[1:])
+    assert refused(model, state, strict)[1:] == [f"- {line}" for line in lines]
 
 
-def test_deep_prompts_are_unexpected_in_a_shallow_model() -> None:
-    assert refused(vpt(deep=False), vpt_state())[1:] == ["- unexpected: deep_prompt_embeddings"]
+def test_shallow_state_in_a_deep_model_names_deep() -> None:
+    assert refused(vpt(), vpt_state(deep=0))[1:] == [
+        "- missing: deep_prompt_embeddings (prompts.1, prompts.2); check `deep` of the configuration"
+    ]
 
 
-def test_trained_temperature_is_unexpected_where_it_is_fixed() -> None:
-    _, state, case = golden("gatevpt_cls")
-    config = fastprompt.GateVPTConfig(case.config["NUM_TOKENS"], num_gates=2, temperature=1.0)
-    model = fastprompt.get_prompt_model(golden_files.backbone(False), config)
-    assert refused(model, state)[1:] == ["- unexpected: temp"]
+def layered_head() -> nn.Module:
+    """VPT's head of several layers, under its own names."""
+    layers = {"projection": nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU())}
+    return nn.Sequential(OrderedDict(**layers, last_layer=nn.Linear(8, 3))).double()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_half_of_a_layered_head_is_refused(strict: bool) -> None:
+    head = prefixed(layered_head().state_dict(), "head.") | {"head.last_layer.weight": torch.randn(3, 64)}
+    (line,) = refused(vpt(), vpt_state() | head, strict)[1:]
+    assert line.startswith("- half a head: the model's has no head.projection.0.weight")
+    assert "give the timm model a head with the state's layers and names before `get_prompt_model`" in line
+    assert "strict=False" in line
+    state = {k: t for k, t in vpt_state().items() if not k.startswith("head.")}
+    assert load_official_state_dict(vpt(), state, strict=False).missing == (
+        "base.head.weight",
+        "base.head.bias",
+    )
+
+
+def test_head_of_several_layers_loads_into_one_of_the_same_layers() -> None:
+    _, state, case = golden("vpt_deep_cls")
+    base: Any = golden_files.backbone(False, num_classes=3)
+    base.head, trained = layered_head(), layered_head().eval()
+    model = fastprompt.get_prompt_model(base, fastprompt.VPTConfig(case.config["NUM_TOKENS"])).eval()
+    report = load_official_state_dict(model, state | prefixed(trained.state_dict(), "head."))
+    assert report.missing == report.unexpected == report.ignored == ()
+    close(model(case.tensors["input"]), trained(output(case)))
 
 
 CONFIGS = {"vpt_deep_cls": "VPT", "gatevpt_cls": "GateVPT", "cvpt_insert3": "CVPT", "davpt_cls": "DAVPT"}
@@ -256,11 +407,57 @@ def test_model_and_state_of_another_kind() -> None:
         load_official_state_dict(golden_files.backbone(False), {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must map names to tensors; got str"):
         load_official_state_dict(vpt(), "prompts.pth")  # type: ignore[arg-type]
+    for whole in (vpt(), {"model": vpt()}):
+        with pytest.raises(TypeError, match=r"got \w+, a whole module; pass its `.state_dict\(\)`"):
+            load_official_state_dict(vpt(), whole)
 
 
-def test_empty_state_lacks_everything_that_trains() -> None:
-    lines = refused(vpt(), {})
-    assert lines[1:] == [
-        f"- missing: {name}"
-        for name in ("base.head.weight", "base.head.bias", "prompts.0", "prompts.1", "prompts.2")
+EVERYTHING = [
+    "- missing: base.head.weight",
+    "- missing: base.head.bias",
+    "- missing: prompt_embeddings (prompts.0)",
+    "- missing: deep_prompt_embeddings (prompts.1, prompts.2); check `deep` of the configuration",
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_of_which_nothing_fits_is_refused(strict: bool) -> None:
+    assert refused(vpt(), {}, strict)[1:] == EVERYTHING
+    assert refused(vpt(), {"side_alpha": torch.zeros(())}, strict)[1:] == [
+        "- unexpected: side_alpha",
+        *EVERYTHING,
     ]
+    (line,) = refused(vpt(0, num_classes=0), {}, strict)[1:]
+    assert line == "- the state holds nothing that the model has"
+
+
+@torch.no_grad()
+def wrong_by(name: str, base: Any = None, **changes: Any) -> float:
+    """Load a golden case into a model with other options: ‖wrong − right‖ / ‖right‖ of its output."""
+    right, state, case = golden(name)
+    config = dataclasses.replace(right.config, **changes)
+    model = fastprompt.get_prompt_model(right.base if base is None else base, config).eval()
+    load_official_state_dict(model, state)
+    want = output(case)
+    return float((model(case.tensors["input"]) - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vpt_deep_mean", {"pool": "image"}),
+        ("gatevpt_mean", {"pool": "image"}),
+        ("davpt_mean", {"pool": "image"}),
+        ("cvpt_insert3", {"insert": 2}),
+        ("davpt_cls", {"guided_blocks": (0, 1)}),
+        ("davpt_mean", {"prompt_norm": "l2"}),
+    ],
+)
+def test_options_that_a_state_cannot_tell(name: str, changes: dict[str, Any]) -> None:
+    """They load without an error, and docs/checkpoints.md says what a wrong guess costs."""
+    assert wrong_by(name, **changes) > 0.05
+
+
+def test_place_of_the_norm_that_a_state_cannot_tell() -> None:
+    classes = golden("davpt_mean")[2].config["num_classes"]
+    assert wrong_by("davpt_mean", golden_files.backbone(True, num_classes=classes)) > 0.05

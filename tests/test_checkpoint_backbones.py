@@ -11,7 +11,8 @@ import pytest
 import timm_families
 import torch
 from official_states import State, backbone_state, golden, jax_names, output, prefixed, scramble, separate
-from test_checkpoint import refused, same_output
+from test_checkpoint import close, refused, same_output
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import fastprompt
@@ -75,6 +76,91 @@ def test_whole_model_of_da_vpt_computes_with_the_separate_maps() -> None:
     same_output(model, case)
 
 
+def mae_cub200(
+    mask_prompts: bool, pool: Any = "all", fc_norm: bool = False
+) -> tuple[Any, State, Tensor, Tensor]:
+    """DA-VPT's recipe for CUB-200 on MAE: a model for it, the official state, images and the official logits."""
+    tensors = golden_files.load("davpt_mask_all").tensors
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
+    base = VisionTransformer(**sizes, global_pool="avg", fc_norm=fc_norm).double()
+    config = fastprompt.DAVPTConfig(
+        7, 3, (1, 2), prompt_norm="l2", tune="prompts+biases", pool=pool, mask_prompts=mask_prompts
+    )
+    state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
+    return (
+        fastprompt.get_prompt_model(base, config).eval(),
+        state,
+        tensors["input"].double(),
+        tensors["logits"],
+    )
+
+
+def test_whole_model_of_da_vpt_on_mae_needs_its_mask_and_its_norm() -> None:
+    model, state, images, logits = mae_cub200(mask_prompts=True)
+    load_official_state_dict(model, state)
+    close(model(images), logits)
+    model, *_ = mae_cub200(mask_prompts=False)
+    load_official_state_dict(model, state)
+    with torch.no_grad():
+        assert (model(images) - logits).norm() > 0.05 * logits.norm(), "a state cannot tell"
+    line = refused(mae_cub200(mask_prompts=True, fc_norm=True)[0], state)[1]
+    assert "build the timm model with global_pool='avg', fc_norm=False" in line
+
+
+def cvpts_vpt(name: str) -> tuple[Any, State, golden_files.Case]:
+    """`blank` of a VPT case, with the state as the VPT baseline in CVPT's code saves it."""
+    model, state, case = blank(name)
+    prompts = [state.pop(k) for k in ("prompt_embeddings", "deep_prompt_embeddings") if k in state]
+    return model, {"Prompt_Tokens": torch.cat(prompts)} | backbone_state() | state, case
+
+
+@pytest.mark.parametrize("name", ["vpt_deep_cls", "vpt_shallow_cls"])
+def test_vpt_in_cvpts_code_is_vpt(name: str) -> None:
+    model, state, case = cvpts_vpt(name)
+    assert set(load_official_state_dict(model, state).loaded) == set(state)
+    same_output(model, case)
+
+
+def test_vpt_in_cvpts_code_is_no_cvpt_and_names_its_options() -> None:
+    _, state, case = cvpts_vpt("vpt_deep_cls")
+    (line,) = refused(blank("cvpt_insert3")[0], state, strict=False)
+    assert "the state is from the VPT in CVPT's code (it has Prompt_Tokens)" in line
+    assert "make the model with `fastprompt.VPTConfig`" in line
+    config = fastprompt.VPTConfig(case.config["NUM_TOKENS"], deep=False)
+    shallow = fastprompt.get_prompt_model(golden_files.backbone(False), config)
+    (line,) = refused(shallow, state, strict=False)[1:]
+    assert "check `deep` and `blocks`, or the timm model's depth" in line
+
+
+def test_prompt_tokens_without_a_backbone_are_of_cvpt() -> None:
+    (line,) = refused(vpt(num_classes=0), golden("cvpt_insert3")[1], strict=False)
+    assert "make the model with `fastprompt.CVPTConfig`" in line
+    assert "the VPT in CVPT's code is recognised only with its backbone" in line
+
+
+def test_cvpt_without_prompts_is_no_pretraining() -> None:
+    base: Any = golden_files.backbone(False, num_classes=3)
+    model = fastprompt.get_prompt_model(base, fastprompt.CVPTConfig(4))
+    head = {"head.weight": torch.randn(3, 64), "head.bias": torch.randn(3)}
+    state = backbone_state() | cvpt_copies(backbone_state()) | head
+    (line,) = refused(model, state)[1:]
+    assert line == "- missing: Prompt_Tokens (prompts.0, prompts.1, prompts.2)"
+    report = load_official_state_dict(model, state, strict=False)
+    assert report.missing == ("prompts.0", "prompts.1", "prompts.2")
+    assert torch.equal(base.head.weight, head["head.weight"].double())
+    (line,) = refused(vpt(), state)
+    assert "make the model with `fastprompt.CVPTConfig`" in line
+
+
+def test_tuned_head_of_vpt_without_prompts_is_no_pretraining() -> None:
+    head = {"head.last_layer.weight": torch.randn(3, 64), "head.last_layer.bias": torch.randn(3)}
+    lines = refused(vpt(), prefixed(backbone_state(), "enc.") | head)[1:]
+    assert [line.split(" (")[0] for line in lines] == [
+        "- missing: prompt_embeddings",
+        "- missing: deep_prompt_embeddings",
+    ]
+
+
 def cvpt_copies(state: State) -> State:
     """The attention weights once more, as CVPT's cross-attention holds them."""
     return {k.replace("attn", "CrossAttn"): t for k, t in separate(state).items() if ".attn." in k}
@@ -95,7 +181,7 @@ def test_cross_attention_of_its_own_is_refused(with_backbone: bool) -> None:
     copies["blocks.1.CrossAttn.k.bias"] = copies["blocks.1.CrossAttn.k.bias"] + 1
     whole = copies | state | (backbone_state() if with_backbone else {})
     (line,) = refused(model, whole, strict=False)[1:]
-    assert line.startswith("- blocks.1.CrossAttn.k.bias: not the block's own attention weight")
+    assert line.startswith("- blocks.1.CrossAttn.k.bias: differs from the block's own attention weight")
 
 
 def test_mae_leaves_prompts_head_and_the_norm_after_the_mean_as_they_are() -> None:
@@ -187,16 +273,33 @@ def test_tuned_biases_need_da_vpt_plus() -> None:
 def test_norm_before_the_mean_is_not_taken_for_one_after_it() -> None:
     model, state, _ = blank("vpt_deep_mean")
     lines = refused(model, backbone_state() | state)
-    assert "half a backbone, without base.fc_norm.weight, base.fc_norm.bias" in lines[1]
+    assert (
+        "half a backbone, without base.fc_norm.weight, base.fc_norm.bias; its norm is before the mean"
+        in lines[1]
+    )
+    assert "global_pool='avg', fc_norm=False" in lines[1]
     assert lines[2:] == ["- unexpected: norm.bias", "- unexpected: norm.weight"]
 
 
-def test_positions_of_another_image_size_are_refused_with_the_remedy() -> None:
-    state = backbone_state() | {"pos_embed": torch.randn(1, 197, 64)}
-    (line,) = refused(vpt(), state)[1:]
-    assert line.startswith("- pos_embed: is (1, 197, 64), the model's is (1, 17, 64); ")
+def test_norm_after_the_mean_is_not_taken_for_one_before_it() -> None:
+    model, state, _ = blank("davpt_mean")
+    backbone = {("fc_" + k if k.startswith("norm.") else k): t for k, t in backbone_state().items()}
+    line = refused(model, separate(backbone) | state)[1]
+    assert "its norm is after the mean: build the timm model with global_pool='avg', fc_norm=True" in line
+
+
+def test_positions_of_another_image_size_and_another_width_have_their_remedies() -> None:
+    size, width = (
+        backbone_state() | {"pos_embed": torch.randn(1, *shape)} for shape in ((197, 64), (17, 32))
+    )
+    (line,) = refused(vpt(), size)[1:]
+    assert line.startswith(
+        "- pos_embed: is (1, 197, 64), the model's is (1, 17, 64); check the timm model's image"
+    )
     assert "`img_size`" in line
     assert "`timm.layers.resample_abs_pos_embed`" in line
+    (line,) = refused(vpt(), width)[1:]
+    assert line.endswith("the model's is (1, 17, 64); check the timm model's width (`embed_dim`)")
 
 
 @pytest.mark.parametrize("name", timm_families.PROMPTABLE)

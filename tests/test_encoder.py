@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from eager_methods import CONFIGS, prompted, trace
+from prompted_models import CONFIGS, prompted
 from timm.layers import PatchEmbed
 from timm_families import WIDTH, close, images, small, vit
 from torch import nn
 
 import fastprompt
+from bench.papers import trace
 from fastprompt import VPTConfig, as_encoder
 from fastprompt.encoder import PromptEncoder
 

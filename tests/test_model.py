@@ -227,7 +227,7 @@ def test_more_prompted_blocks_than_the_model_has_are_refused() -> None:
     [("deit-distilled", "distilled head"), ("vit-map", "pools by attention")],
 )
 def test_pools_that_the_head_cannot_read_are_refused(family: str, reason: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"pool='image' cannot be had.*{reason}"):
+    with pytest.raises(NotImplementedError, match=f"pool='image' is not supported.*{reason}"):
         fastprompt.get_prompt_model(small(family), VPTConfig(3, pool="image"))
 
 

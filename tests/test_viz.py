@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_methods import CONFIGS, prompted, trace
 from matplotlib.figure import Figure
+from prompted_models import CONFIGS, prompted
 from timm_families import CLASSES, HEADS, PROMPTABLE, close, images, small
 from torch import Tensor
 
 import fastprompt
+from bench.papers import trace
 from fastprompt import DAVPTConfig, GateVPTConfig, VPTConfig, viz
 from fastprompt.methods.proxy_loss import proxy_loss
 

@@ -1,9 +1,18 @@
 """The methods: each file holds one, its prompts and how a model's blocks run with them."""
 
-from fastprompt.methods.cvpt import CVPT
-from fastprompt.methods.da_vpt import DAVPT
-from fastprompt.methods.gate_vpt import GateVPT
-from fastprompt.methods.method import METHODS, PromptMethod, method_for
-from fastprompt.methods.vpt import VPT
+from fastprompt.methods.base import MODELS, FoldedPromptModel, PromptModel, PromptOutput
+from fastprompt.methods.cvpt import CVPTModel
+from fastprompt.methods.da_vpt import DAVPTModel
+from fastprompt.methods.gate_vpt import GateVPTModel
+from fastprompt.methods.vpt import VPTModel
 
-__all__ = ["CVPT", "DAVPT", "METHODS", "VPT", "GateVPT", "PromptMethod", "method_for"]
+__all__ = [
+    "MODELS",
+    "CVPTModel",
+    "DAVPTModel",
+    "FoldedPromptModel",
+    "GateVPTModel",
+    "PromptModel",
+    "PromptOutput",
+    "VPTModel",
+]

@@ -1,6 +1,6 @@
 """CVPT: every token attends to a block's prompts, by the block's own frozen attention weights.
 
-Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025. Nothing but prompts is added: the four maps are read off
+Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025. Nothing but prompts is added: the four maps are those of
 the block's self-attention. As prompts depend on no image they are folded through these maps once for the whole batch,
 if that is cheaper (:func:`fastprompt.ops.choose_form`); under prompt dropout each image has its own prompts, and they
 take the direct form. Without shortcuts all prompts are expanded to the batch and take it.
@@ -8,76 +8,86 @@ take the direct form. Without shortcuts all prompts are expanded to the batch an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import torch.nn.functional as F
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from fastprompt import backbone, vit
+from fastprompt import backbone, blocks, vit
+from fastprompt.backbone import Backbone, HeadInput
 from fastprompt.blocks import Context, Cross
-from fastprompt.config import CVPTConfig
-from fastprompt.methods.method import PromptMethod, Read, run_reading
-from fastprompt.ops import choose_form, fold_prompts, project_prompts
+from fastprompt.config import CVPTConfig, PromptConfig
+from fastprompt.methods.base import OnBlock, PromptModel
+from fastprompt.ops import FoldedPrompts, ProjectedPrompts, choose_form, fold_prompts, project_prompts
+from fastprompt.refusals import class_path
+from fastprompt.vit import TimmBlock
 
 
-class CVPT(PromptMethod):
-    """Cross-attention to prompts in every block; see the module's text."""
+class CVPTModel(PromptModel):
+    """A timm model with cross-attention to prompts in every block; see the module's text."""
 
-    config_class = CVPTConfig
+    config_class: ClassVar[type[PromptConfig]] = CVPTConfig
+    config: CVPTConfig
 
-    def __init__(self, config: CVPTConfig, base: Any) -> None:
-        self.config = config
-        self.depth = len(base.blocks)
-        for i, block in enumerate(base.blocks):
+    @classmethod
+    def check(cls, base: Backbone, config: CVPTConfig) -> None:
+        for i, block in enumerate(backbone.blocks_of(base)):
             reason = _reason(block)
             if reason is not None:
                 raise NotImplementedError(f"CVPT: blocks.{i}: {reason}")
 
-    def build(self, model: Any) -> None:
-        like = next(model.base.parameters())
-        shape = (self.config.num_prompts, model.base.embed_dim)
-        model.prompts = nn.ParameterList(
-            nn.Parameter(nn.init.xavier_uniform_(like.new_empty(shape))) for _ in range(self.depth)
+    def add_prompts(self) -> None:
+        like = next(self.base.parameters())
+        shape = (self.config.num_prompts, self.base.embed_dim)
+        self.prompts = nn.ParameterList(
+            nn.Parameter(nn.init.xavier_uniform_(like.new_empty(shape))) for _ in self.base.blocks
         )
 
-    def prepare(self, model: Any, batch_size: int | None, read: Read) -> tuple[Cross, ...]:
-        base, config = model.base, self.config
-        per_image = base.patch_embed.num_patches + base.num_prefix_tokens
+    def prepare(self, batch_size: int | None, reads: HeadInput) -> tuple[Cross, ...]:
+        base, config = self.base, self.config
+        dtype = next(base.parameters()).dtype
+        dropped = config.dropout > 0 and self.training
+        tokens = base.patch_embed.num_patches + base.num_prefix_tokens
         state = []
-        for i, block in enumerate(base.blocks):
-            p = model.prompts[i].to(next(base.parameters()).dtype)
-            dropped = config.dropout > 0 and model.training
-            if batch_size is not None and (dropped or not model.shortcuts):
+        for i, block in enumerate(backbone.blocks_of(base)):
+            p = self.prompts[i].to(dtype)
+            if batch_size is not None and (dropped or not self.shortcuts):
                 p = F.dropout(p.expand(batch_size, -1, -1), config.dropout, training=dropped)
-            rows = read(0, 0).rows
-            if i < self.depth - 1 or rows is None or config.insert == 1:
-                rows = per_image
-            tokens = None if batch_size is None else batch_size * rows
-            state.append(Cross(config.insert, _prepare(block.attn, p, tokens, fold=model.shortcuts)))
+            last = i == len(base.blocks) - 1
+            rows = reads.rows if last and reads.rows is not None and config.insert != 1 else tokens
+            total = None if batch_size is None else batch_size * rows
+            state.append(Cross(config.insert, _prepare(block, p, total, fold=self.shortcuts)))
         return tuple(state)
 
+    @staticmethod
     def run(
-        self,
-        base: Any,
+        base: Backbone,
         state: tuple[Cross, ...],
         x: Tensor,
         ropes: list[Tensor | None],
-        read: Read,
-        on_block: Callable[[int, Tensor], None] | None = None,
+        reads: HeadInput,
+        on_block: OnBlock | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
-        if on_block is not None:
-            on_block(-1, x)
-        for i, block in enumerate(base.blocks[:depth]):
-            reading = read(x.shape[1], 0) if i == self.depth - 1 else backbone.Reading()
-            x = run_reading(base, block, x, reading, None, Context(rope=ropes[i], cross=state[i]))
+        run_block = blocks.recomputed(base, blocks.run_block)
+        run_rows = blocks.recomputed(base, blocks.run_rows)
+        last = len(base.blocks) - 1
+        for i, block in enumerate(backbone.blocks_of(base)[:depth]):
             if on_block is not None:
-                on_block(i, x)
+                on_block(i, x, 0)
+            context = Context(rope=ropes[i], cross=state[i])
+            if i == last and reads.rows is not None:
+                x = run_rows(block, x, None, context, reads.rows)
+            else:
+                x, _ = run_block(block, x, None, context, reads.spans if i == last else None)
         return x, 0
 
 
-def _prepare(attn: Any, prompts: Tensor, tokens: int | None, *, fold: bool) -> Any:
+def _prepare(
+    block: TimmBlock, prompts: Tensor, tokens: int | None, *, fold: bool
+) -> FoldedPrompts | ProjectedPrompts:
+    attn = blocks.attention_of(block)
     weights = vit.attention_adapter(attn).plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
     if fold and choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
@@ -85,14 +95,16 @@ def _prepare(attn: Any, prompts: Tensor, tokens: int | None, *, fold: bool) -> A
     return project_prompts(prompts, weights, H)
 
 
-def _reason(block: Any) -> str | None:
-    """Why the weights of this block's self-attention do not define a cross-attention, or None."""
-    if type(vit.BLOCKS[type(block)]) is vit.ResPostBlockAdapter:
-        return f"{vit.class_path(block)} norms after its branches, for which CVPT's insertion places are not defined"
-    attn = block.attn
+def _reason(block: TimmBlock) -> str | None:
+    """Return why the weights of this block's self-attention do not define a cross-attention, or None."""
+    if isinstance(block, ResPostBlock):
+        return (
+            f"{class_path(block)} norms after its branches, for which CVPT's insertion places are not defined"
+        )
+    attn = blocks.attention_of(block)
     for name in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, name), nn.Identity):
-            return f"{vit.class_path(attn)} has `{name}`, and CVPT's cross-attention is defined without"
+            return f"{class_path(attn)} has `{name}`, and CVPT's cross-attention is defined without"
     if getattr(attn, "gate", None) is not None:
-        return f"{vit.class_path(attn)} has an output gate, and CVPT's cross-attention is defined without"
+        return f"{class_path(attn)} has an output gate, and CVPT's cross-attention is defined without"
     return None

@@ -9,35 +9,53 @@ a prompt is computed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt import vit
-from fastprompt.config import DAVPTConfig, PromptConfig, VPTConfig
+from fastprompt import backbone, blocks, vit
+from fastprompt.backbone import Backbone, HeadInput
+from fastprompt.config import DAVPTConfig, PromptConfig
+from fastprompt.methods.base import PromptOutput
 from fastprompt.methods.class_map import map_classes
-from fastprompt.methods.method import Observer
 from fastprompt.methods.proxy_loss import proxy_loss, similarities
-from fastprompt.methods.vpt import VPT
+from fastprompt.methods.vpt import VPTModel, VPTState
+from fastprompt.ops.operator import accumulation_dtype
+from fastprompt.vit import TimmBlock
 
 EPS = 1e-6
+View = Literal["cls", "prompt", "query", "key"]
 
 
-class DAVPT(VPT):
-    """VPT-Deep with guided blocks; see the module's text."""
+class DAVPTModel(VPTModel):
+    """VPT-Deep with guided blocks; see the module's text.
+
+    Attributes:
+        guided: the guided blocks.
+        prompt_norm: trained LayerNorm of the prompts, or None.
+        class_to_prompt: int64 [classes], the prompt of each class.
+        class_centroids: [proxies, D] of the last class map; NaN before the first.
+    """
 
     config_class: ClassVar[type[PromptConfig]] = DAVPTConfig
+    config: DAVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
 
-    def __init__(self, config: DAVPTConfig, base: Any) -> None:
-        super().__init__(VPTConfig(config.num_prompts, pool=config.pool, dropout=config.dropout), base)
-        self.da_config = config
+    prompt_norm: nn.LayerNorm | None
+    class_to_prompt: Tensor
+    class_centroids: Tensor
+    class_sums: Tensor
+    class_counts: Tensor
+
+    @classmethod
+    def check(cls, base: Backbone, config: DAVPTConfig) -> None:  # type: ignore[override]
+        base_blocks = backbone.blocks_of(base)
         first, last = config.guided_blocks
-        if last >= self.depth:
+        if last >= len(base_blocks):
             raise ValueError(
-                f"DAVPTConfig: `guided_blocks` must lie in 0..{self.depth - 1}, the model's blocks; "
+                f"DAVPTConfig: `guided_blocks` must lie in 0..{len(base_blocks) - 1}, the model's blocks; "
                 f"got {config.guided_blocks}"
             )
         if base.num_classes < 1:
@@ -49,169 +67,202 @@ class DAVPT(VPT):
             raise NotImplementedError(
                 "DA-VPT: the class feature needs a class token, and this model has none; set class_weight=0"
             )
-        self.guided = range(first, last + 1)
-        for i in self.guided:
-            _check_widths(config, base.blocks[i], i)
-        self.proxies = min(config.num_proxy_prompts, base.num_classes)
+        for i in range(first, last + 1):
+            _check_widths(config, base_blocks[i], i)
 
-    def build(self, model: Any) -> None:
-        base = model.base
+    def add_prompts(self) -> None:
+        base, config = self.base, self.config
+        depth, width = len(base.blocks), base.embed_dim
+        first, last = config.guided_blocks
+        self.guided = range(first, last + 1)
+        self.prompted = depth
+        self.prompt_project = None
+        self.prompt_norm = None
         like = next(base.parameters())
+        proxies = min(config.num_proxy_prompts, base.num_classes)
         # The official code draws the proxies of all guided blocks as one tensor, and the other prompts as another.
-        guided = _draw(like, len(self.guided), self.proxies, base.embed_dim)
-        others = _draw(like, self.depth - len(self.guided), self.config.num_prompts, base.embed_dim)
-        sources = (iter(others), iter(guided))
-        model.prompts = nn.ParameterList(
-            nn.Parameter(next(sources[i in self.guided])) for i in range(self.depth)
+        guided = iter(_draw(like, len(self.guided), proxies, width))
+        others = iter(_draw(like, depth - len(self.guided), config.num_prompts, width))
+        self.prompts = nn.ParameterList(
+            nn.Parameter(next(guided if i in self.guided else others)) for i in range(depth)
         )
-        model.prompt_project = None
-        model.prompt_norm = None
-        if self.da_config.prompt_norm == "layer":
-            model.prompt_norm = nn.LayerNorm(base.embed_dim, eps=EPS, device=like.device, dtype=like.dtype)
+        if config.prompt_norm == "layer":
+            self.prompt_norm = nn.LayerNorm(width, eps=EPS, device=like.device, dtype=like.dtype)
         # Until a map is fitted, classes take turns; with as many prompts as classes that is the identity.
         classes = torch.arange(base.num_classes, device=like.device)
-        model.register_buffer("class_to_prompt", classes % self.proxies)
-        model.register_buffer("class_centroids", like.new_full((self.proxies, base.embed_dim), torch.nan))
+        self.register_buffer("class_to_prompt", classes % proxies)
+        self.register_buffer("class_centroids", like.new_full((proxies, width), torch.nan))
         # What an epoch has seen of each class; of no use to a later run.
-        sums = torch.zeros(base.num_classes, base.embed_dim, device=like.device)
-        model.register_buffer("class_sums", sums, persistent=False)
-        model.register_buffer("class_counts", sums.new_zeros(base.num_classes), persistent=False)
-        if self.da_config.tune == "prompts+biases":
+        wide = accumulation_dtype(like.dtype)
+        sums = torch.zeros(base.num_classes, width, device=like.device, dtype=wide)
+        self.register_buffer("class_sums", sums, persistent=False)
+        self.register_buffer("class_counts", sums.new_zeros(base.num_classes), persistent=False)
+        if config.tune == "prompts+biases":
             _train_biases(base)
 
-    def observe(self, model: Any, labels: Tensor) -> Observer:
-        return _GuidedLosses(self, model, labels)
+    @property
+    def proxies(self) -> int:
+        """Number of prompts that stand for classes."""
+        return len(self.class_centroids)
+
+    def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:
+        return super().prepare(batch_size, reads)._replace(masked=self.config.mask_prompts)
+
+    def norm_prompts(self, p: Tensor) -> Tensor:
+        if self.config.prompt_norm == "l2":
+            return F.normalize(p, dim=-1, eps=EPS)
+        return p if self.prompt_norm is None else self.prompt_norm(p)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | PromptOutput:
+        """images [B, C, h, w] -> logits [B, classes]; with `labels` [B], a :class:`PromptOutput` with the metric loss.
+
+        In train mode with `labels`, the features of each class are kept for :meth:`update_class_map`.
+
+        Raises ValueError or TypeError if the model does not take these images or labels.
+        """
+        if labels is None:
+            return super().forward(images)
+        backbone.check_images(self.base, images, "PromptModel")
+        backbone.check_labels(self.base, images, labels, "PromptModel")
+        losses: list[Tensor] = []
+        proxy_of_image = self.class_to_prompt[labels]
+
+        def guide(block: int, x: Tensor, carried: int) -> None:
+            if block in self.guided:
+                losses.extend(self._losses(block, x, carried, proxy_of_image))
+
+        reads = self._head_input()
+        x, ropes = backbone.embed(self.base, images)
+        x, carried = self.run(self.base, self.prepare(len(x), reads), x, ropes, reads, guide)
+        features, logits = backbone.apply_head(self.base, x, reads, self.pool, carried)
+        if self.training:
+            self._remember(features.detach(), labels)
+        if not losses:
+            return PromptOutput(logits, self.prompts[0].new_zeros(()))
+        return PromptOutput(logits, torch.stack(losses).sum() / len(self.guided))
 
     @torch.no_grad()
-    def fit_class_map(
-        self, model: Any, loader: Iterable[tuple[Tensor, Tensor]], images_per_class: int
-    ) -> bool:
-        base, training = model.base, model.training
-        model.eval()
-        _forget(model)
-        device = model.class_counts.device
-        for images, labels in loader:
-            labels = labels.to(device)
-            wanted = model.class_counts[labels] + _earlier(labels) < images_per_class
-            if wanted.any():
-                tokens = base.forward_features(images.to(device)[wanted])
-                _remember(model, base.forward_head(tokens, pre_logits=True), labels[wanted])
-            if bool((model.class_counts >= images_per_class).all()):
-                break
-        model.train(training)
-        return self._map_classes(model, first=True)
+    def fit_class_map(self, loader: Iterable[tuple[Tensor, Tensor]], images_per_class: int = 10) -> bool:
+        """Map classes to prompts by k-means over the frozen backbone's mean feature of each class.
+
+        Args:
+            loader: yields (images [B, C, h, w], labels [B]); read until each class has its images, or to the end.
+            images_per_class: how many images of each class are averaged.
+
+        Returns:
+            Whether `class_to_prompt` was changed (a map of all classes to one prompt is not used).
+
+        Raises:
+            ValueError, TypeError: the model does not take these images or labels, or fewer classes have images than
+                there are prompts.
+        """
+        if not isinstance(images_per_class, int) or images_per_class < 1:
+            raise ValueError(
+                f"`fit_class_map`: `images_per_class` must be an integer >= 1; got {images_per_class!r}"
+            )
+        base, training, device = self.base, self.training, self.class_counts.device
+        self.eval()
+        self._forget()
+        try:
+            for images, labels in loader:
+                images, labels = images.to(device), labels.to(device)
+                backbone.check_images(base, images, "fit_class_map")
+                backbone.check_labels(base, images, labels, "fit_class_map")
+                wanted = self.class_counts[labels] + _earlier(labels) < images_per_class
+                if wanted.any():
+                    tokens = base.forward_features(images[wanted])
+                    self._remember(base.forward_head(tokens, pre_logits=True), labels[wanted])
+                if bool((self.class_counts >= images_per_class).all()):
+                    break
+        finally:
+            self.train(training)
+        return self._map_classes(first=True)
 
     @torch.no_grad()
-    def update_class_map(self, model: Any) -> bool:
+    def update_class_map(self) -> bool:
+        """Map classes anew by their mean features in the tuned model; call it after an epoch of training.
+
+        The means are taken over the training forwards with labels since the last call; all processes of a distributed
+        run must call it together. Returns whether `class_to_prompt` was changed.
+        """
         if dist.is_available() and dist.is_initialized():
-            for total in (model.class_sums, model.class_counts):
+            for total in (self.class_sums, self.class_counts):
                 dist.all_reduce(total)
-        return self._map_classes(model, first=bool(model.class_centroids.isnan().any()))
+        return self._map_classes(first=bool(self.class_centroids.isnan().any()))
 
-    def _map_classes(self, model: Any, *, first: bool) -> bool:
-        if not model.class_counts.any():
+    def _map_classes(self, *, first: bool) -> bool:
+        if not self.class_counts.any():
             raise ValueError(
                 "class map: no image has been seen; train with `labels`, or pass a loader that has images"
             )
-        means = model.class_sums / model.class_counts.clamp(min=1).unsqueeze(1)
-        # Drawn alike in every process of a distributed run.
-        generator = torch.Generator().manual_seed(0)
         found = map_classes(
-            means,
-            model.class_counts,
-            None if first else model.class_centroids,
+            self.class_sums / self.class_counts.clamp(min=1).unsqueeze(1),
+            self.class_counts,
+            None if first else self.class_centroids,
             self.proxies,
-            norm=self.da_config.feature_norm,
-            generator=generator,
+            norm=self.config.feature_norm,
+            generator=torch.Generator().manual_seed(0),  # drawn alike in every process of a distributed run
         )
-        _forget(model)
+        self._forget()
         if found is None:
             return False
         assignment, centroids = found
-        model.class_centroids.copy_(centroids)
-        changed = not torch.equal(model.class_to_prompt, assignment)
-        model.class_to_prompt.copy_(assignment)
+        self.class_centroids.copy_(centroids)
+        changed = not torch.equal(self.class_to_prompt, assignment)
+        self.class_to_prompt.copy_(assignment)
         return changed
 
-    def _normed(self, model: Any, p: Tensor) -> Tensor:
-        if self.da_config.prompt_norm == "l2":
-            return F.normalize(p, dim=-1, eps=EPS)
-        return p if model.prompt_norm is None else model.prompt_norm(p)
-
-
-class _GuidedLosses:
-    """Collects the loss of each guided block as its input passes by."""
-
-    def __init__(self, method: DAVPT, model: Any, labels: Tensor) -> None:
-        self.method, self.model, self.labels = method, model, labels
-        self.proxy_of_image = model.class_to_prompt[labels]
-        self.losses: list[Tensor] = []
-
-    def see(self, block: int, tokens: Tensor) -> None:
-        """`tokens` leave `block`, so that they enter the next."""
-        i, config = block + 1, self.method.da_config
-        if i not in self.method.guided:
-            return
-        base = self.model.base
-        prompts = self.method._normed(self.model, self.model.prompts[i])
+    def _losses(self, i: int, x: Tensor, carried: int, proxy_of_image: Tensor) -> list[Tensor]:
+        """The weighted losses of guided block i, whose input is x [B, N + carried, D]."""
+        config, base = self.config, self.base
+        block = backbone.blocks_of(base)[i]
+        prompts = self.norm_prompts(self.prompts[i])
+        compared: list[tuple[float, Tensor, View]] = []
         if config.patch_weight > 0:
-            patches = tokens[:, base.num_prefix_tokens :].mean(1)
-            self._add(
-                config.patch_weight, patches, block_view(base.blocks[i], prompts, config.proxy_for_patch)
-            )
+            patches = x[:, base.num_prefix_tokens + carried :].mean(1)
+            compared.append((config.patch_weight, patches, config.proxy_for_patch))
         if config.class_weight > 0:
-            feature = block_view(base.blocks[i], tokens[:, 0], config.class_feature)
-            self._add(
-                config.class_weight, feature, block_view(base.blocks[i], prompts, config.proxy_for_class)
+            feature = block_view(block, x[:, 0], config.class_feature)
+            compared.append((config.class_weight, feature, config.proxy_for_class))
+        losses = []
+        for weight, features, view in compared:
+            sims = similarities(features, block_view(block, prompts, view), config.proxy_scale)
+            loss = proxy_loss(
+                sims, proxy_of_image, criterion=config.criterion, alpha=config.alpha, delta=config.delta
             )
+            losses.append(weight * loss)
+        return losses
 
-    def loss(self, features: Tensor) -> Tensor:
-        if self.model.training:
-            _remember(self.model, features.detach(), self.labels)
-        if not self.losses:
-            return self.model.prompts[0].new_zeros(())
-        return torch.stack(self.losses).sum() / len(self.method.guided)
+    def _remember(self, features: Tensor, labels: Tensor) -> None:
+        """Add features [B, D] of images of classes `labels` [B] to the sums of their classes."""
+        self.class_sums.index_add_(0, labels, features.to(self.class_sums.dtype))
+        self.class_counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.class_counts.dtype))
 
-    def _add(self, weight: float, features: Tensor, proxies: Tensor) -> None:
-        config = self.method.da_config
-        sims = similarities(features, proxies, config.proxy_scale)
-        loss = proxy_loss(
-            sims, self.proxy_of_image, criterion=config.criterion, alpha=config.alpha, delta=config.delta
-        )
-        self.losses.append(weight * loss)
-
-
-def _remember(model: Any, features: Tensor, labels: Tensor) -> None:
-    """Add features [B, D] of images of classes `labels` [B] to the sums of their classes."""
-    model.class_sums.index_add_(0, labels, features.to(model.class_sums.dtype))
-    model.class_counts.index_add_(0, labels, torch.ones_like(labels, dtype=model.class_counts.dtype))
-
-
-def _forget(model: Any) -> None:
-    model.class_sums.zero_()
-    model.class_counts.zero_()
+    def _forget(self) -> None:
+        self.class_sums.zero_()
+        self.class_counts.zero_()
 
 
 def _earlier(labels: Tensor) -> Tensor:
-    """How many of the labels [B] before each one are the same."""
+    """Return how many of the labels [B] before each one are the same."""
     return (labels.unsqueeze(1) == labels).tril(-1).sum(1)
 
 
-def block_view(block: Any, rows: Tensor, kind: str) -> Tensor:
-    """Rows [..., D] at the block's input, themselves ("cls", "prompt") or as the block's queries or keys."""
+def block_view(block: TimmBlock, rows: Tensor, kind: View) -> Tensor:
+    """Return rows [..., D] at the block's input, themselves ("cls", "prompt") or as the block's queries or keys."""
     if kind in ("cls", "prompt"):
         return rows
     adapter, attention = vit.adapters(block)
-    weights = attention.plain_weights(block.attn)
+    weights = attention.plain_weights(blocks.attention_of(block))
     h = adapter.attention_input(block, rows)
     if kind == "query":
         return F.linear(h, weights.q_weight, weights.q_bias)
     return F.linear(h, weights.k_weight, weights.k_bias)
 
 
-def _check_widths(config: DAVPTConfig, block: Any, i: int) -> None:
+def _check_widths(config: DAVPTConfig, block: TimmBlock, i: int) -> None:
     """Refuse to compare rows of the model's width with projections of another (`attn_head_dim`)."""
-    weights = vit.adapters(block)[1].weights(block.attn)
+    weights = vit.adapters(block)[1].weights(blocks.attention_of(block))
     if weights is None or weights.q_weight.shape[0] == weights.q_weight.shape[1]:
         return
     pairs = {("cls", config.proxy_for_patch), (config.class_feature, config.proxy_for_class)}
@@ -232,7 +283,7 @@ def _draw(like: Tensor, *shape: int) -> Tensor:
         return nn.init.xavier_uniform_(like.detach().new_empty(shape)).div_(8)
 
 
-def _train_biases(base: Any) -> None:
+def _train_biases(base: Backbone) -> None:
     """DA-VPT+: let the class token, norm1 and the biases of k, v, proj, fc2 and norm2 train, found by name.
 
     By name, as in the official code, so that "proj.bias" takes in the patch embedding's.
@@ -247,6 +298,6 @@ def _train_biases(base: Any) -> None:
             or last == "v_bias"
         ):
             p.requires_grad_(True)
-    for block in base.blocks:
-        if getattr(block.attn, "qkv", None) is not None and block.attn.qkv.bias is not None:
+    for block in backbone.blocks_of(base):
+        if getattr(getattr(block.attn, "qkv", None), "bias", None) is not None:
             setattr(block.attn, vit.FROZEN_QUERY_BIAS, True)

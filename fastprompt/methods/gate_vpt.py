@@ -7,46 +7,55 @@ Prompts differ from image to image from block 0 on, so they stand in the sequenc
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastprompt.config import GateVPTConfig, PromptConfig, VPTConfig
-from fastprompt.methods.method import Read
-from fastprompt.methods.vpt import VPT, VPTState
+from fastprompt.backbone import Backbone, HeadInput
+from fastprompt.config import GateVPTConfig, PromptConfig
+from fastprompt.methods.vpt import VPTModel, VPTState
 
 
-class GateVPT(VPT):
-    """VPT-Shallow with gates and temperatures; see the module's text."""
+class GateVPTModel(VPTModel):
+    """VPT-Shallow with gates and temperatures; see the module's text.
+
+    Attributes:
+        gate_logits: [G], for the first G blocks.
+        temperature: [L], a parameter or a buffer, or None.
+    """
 
     config_class: ClassVar[type[PromptConfig]] = GateVPTConfig
+    config: GateVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
 
-    def __init__(self, config: GateVPTConfig, base: Any) -> None:
-        super().__init__(
-            VPTConfig(config.num_prompts, deep=False, pool=config.pool, dropout=config.dropout), base
-        )
-        self.gate_config = config
-        self.num_gates = self.depth - 1 if config.num_gates is None else config.num_gates
-        if self.num_gates > self.depth:
+    gate_logits: nn.Parameter
+    temperature: Tensor | None
+
+    @classmethod
+    def check(cls, base: Backbone, config: GateVPTConfig) -> None:  # type: ignore[override]
+        depth = len(base.blocks)
+        if config.num_gates is not None and config.num_gates > depth:
             raise ValueError(
-                f"GateVPTConfig: `num_gates` must be <= {self.depth}, the model's depth; got {config.num_gates}"
+                f"GateVPTConfig: `num_gates` must be <= {depth}, the model's depth; got {config.num_gates}"
             )
 
-    def build(self, model: Any) -> None:
-        super().build(model)
-        like, config = model.prompts[0], self.gate_config
-        model.gate_logits = nn.Parameter(like.new_full((self.num_gates,), -config.gate_init))
+    def add_prompts(self) -> None:
+        config, depth = self.config, len(self.base.blocks)
+        self._draw_prompts(1, self.base.embed_dim, sets=1)
+        like = self.prompts[0]
+        num_gates = depth - 1 if config.num_gates is None else config.num_gates
+        self.gate_logits = nn.Parameter(like.new_full((num_gates,), -config.gate_init))
         if config.temperature is True:
-            model.temperature = nn.Parameter(like.new_ones(self.depth))
+            self.temperature = nn.Parameter(like.new_ones(depth))
         else:
-            fixed = None if config.temperature is False else like.new_full((self.depth,), config.temperature)
-            model.register_buffer("temperature", fixed)
+            fixed = None if config.temperature is False else like.new_full((depth,), config.temperature)
+            self.register_buffer("temperature", fixed)
 
-    def prepare(self, model: Any, batch_size: int | None, read: Read) -> VPTState:
-        if isinstance(model.temperature, nn.Parameter):
+    def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:
+        temperature = self.temperature
+        if isinstance(temperature, nn.Parameter):
             # A projection, in place: a value outside moves to the edge and gets its gradient there. Through `data`, so
             # that a second forward before the backward does not invalidate the first.
-            model.temperature.data.clamp_(*self.gate_config.temperature_range)
-        state = super().prepare(model, batch_size, read)
-        temperatures = () if model.temperature is None else model.temperature.unbind(0)
-        return state._replace(temperatures=temperatures, gates=model.gate_logits.sigmoid().unbind(0))
+            temperature.data.clamp_(*self.config.temperature_range)
+        state = super().prepare(batch_size, reads)
+        temperatures = () if temperature is None else temperature.unbind(0)
+        return state._replace(temperatures=temperatures, gates=self.gate_logits.sigmoid().unbind(0))

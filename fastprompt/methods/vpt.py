@@ -1,151 +1,164 @@
 """Visual Prompt Tuning: shallow, deep and partial deep (Jia et al., ECCV 2022), with the exact shortcuts.
 
 In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt
-rows out, so that what a block computes for its prompt rows is read by nobody, unless the next block carries them on or
-the head averages them. Such prompts are keys and values only here, made once for the whole batch; they stand in the
-sequence only from the block on whose prompt rows are read. Without shortcuts every block's prompts stand in it.
+rows out, so a block's results for its prompt rows are read only if the next block carries them on or the head averages
+them. All other prompts are keys and values here, prepared once for the whole batch; prompts stand in the sequence only
+from the block on whose prompt rows are read. Without shortcuts every block's prompts stand in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastprompt import backbone, blocks
+from fastprompt.backbone import Backbone, HeadInput
 from fastprompt.blocks import BlockPrompts, Context
 from fastprompt.config import PromptConfig, VPTConfig
-from fastprompt.methods.method import PromptMethod, Read, run_reading
+from fastprompt.methods.base import OnBlock, PromptModel
 
 
 class VPTState(NamedTuple):
-    """Each block's prompts as keys and values, or as the rows that enter it in place of the carried ones, or None.
+    """Prepared prompts: for each block as keys and values, or as rows that replace the carried ones, or None.
 
-    GateVPT adds a temperature for each block and a gate for the first of them.
+    GateVPT adds a temperature for each block and a gate for the first of them, DA-VPT `masked` prompt rows.
     """
 
     prompts: tuple[BlockPrompts | None, ...]
     rows: tuple[Tensor | None, ...]
     temperatures: tuple[Tensor, ...] = ()
     gates: tuple[Tensor, ...] = ()
+    masked: bool = False
 
 
-class VPT(PromptMethod):
-    """Prompts as tokens; see the module's text."""
+class VPTModel(PromptModel):
+    """A timm model with prompts as tokens; see the module's text.
+
+    Attributes:
+        prompted: how many blocks, from the first on, have prompts of their own.
+        prompt_project: `Linear` from `config.project` to the model's width, or None.
+    """
 
     config_class: ClassVar[type[PromptConfig]] = VPTConfig
+    config: VPTConfig
 
-    def __init__(self, config: VPTConfig, base: Any) -> None:
-        self.config = config
-        self.depth = len(base.blocks)
-        if config.blocks is not None and config.blocks > self.depth:
+    prompt_project: nn.Linear | None
+
+    @classmethod
+    def check(cls, base: Backbone, config: VPTConfig) -> None:
+        if config.blocks is not None and config.blocks > len(base.blocks):
             raise ValueError(
-                f"VPTConfig: `blocks` must be <= {self.depth}, the model's depth; got {config.blocks}"
+                f"VPTConfig: `blocks` must be <= {len(base.blocks)}, the model's depth; got {config.blocks}"
             )
-        # How many blocks have prompts of their own; shallow is the case of one.
-        self.prompted = (config.blocks or self.depth) if config.deep else 1
-        reads_prompts = config.pool in ("all", "prompt")
-        self.carry_from: int | None = None
-        if self.prompted < self.depth or reads_prompts:
-            self.carry_from = self.prompted - 1
-        if config.num_prompts == 0:
-            self.carry_from = None
 
-    def build(self, model: Any) -> None:
-        base, config = model.base, self.config
-        like = next(base.parameters())
+    def add_prompts(self) -> None:
+        base, config = self.base, self.config
+        prompted = (config.blocks or len(base.blocks)) if config.deep else 1
         width = config.project or base.embed_dim
-        height, breadth = backbone.patch_size(base)
+        self._draw_prompts(prompted, width, sets=1 if config.shared_across_blocks else prompted)
+        if config.project is not None:
+            like = self.prompts[0]
+            self.prompt_project = nn.Linear(width, base.embed_dim, device=like.device, dtype=like.dtype)
+            nn.init.kaiming_normal_(self.prompt_project.weight, a=0, mode="fan_out")
+
+    def _draw_prompts(self, prompted: int, width: int, sets: int) -> None:
+        """Register `sets` prompts [P, width] for `prompted` blocks, drawn from the paper's interval."""
+        self.prompted = prompted
+        self.prompt_project = None
+        height, breadth = backbone.patch_size(self.base)
         bound = math.sqrt(6.0 / (3 * height * breadth + width))
-        sets = 1 if config.shared_across_blocks else self.prompted
-        model.prompts = nn.ParameterList(
-            nn.Parameter(like.new_empty(config.num_prompts, width).uniform_(-bound, bound))
+        like = next(self.base.parameters())
+        self.prompts = nn.ParameterList(
+            nn.Parameter(like.new_empty(self.config.num_prompts, width).uniform_(-bound, bound))
             for _ in range(sets)
         )
-        model.prompt_project = None
-        if config.project is not None:
-            model.prompt_project = nn.Linear(width, base.embed_dim, device=like.device, dtype=like.dtype)
-            nn.init.kaiming_normal_(model.prompt_project.weight, a=0, mode="fan_out")
 
-    def prepare(self, model: Any, batch_size: int | None, read: Read) -> VPTState:
-        base = model.base
-        prompts: list[BlockPrompts | None] = [None] * self.depth
-        rows: list[Tensor | None] = [None] * self.depth
+    @property
+    def carried(self) -> int:
+        in_sequence = self._carry_from is not None or not self.shortcuts
+        return self.prompts[-1].shape[0] if in_sequence else 0
+
+    @property
+    def _carry_from(self) -> int | None:
+        """The block from which on prompts stand in the sequence because somebody reads their rows, or None."""
+        reads_prompts = self.pool in ("all", "prompt")
+        if self.config.num_prompts == 0 or not (self.prompted < len(self.base.blocks) or reads_prompts):
+            return None
+        return self.prompted - 1
+
+    def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:
+        base_blocks = backbone.blocks_of(self.base)
+        depth = len(base_blocks)
+        prompts: list[BlockPrompts | None] = [None] * depth
+        rows: list[Tensor | None] = [None] * depth
         if self.config.num_prompts == 0:
             return VPTState(tuple(prompts), tuple(rows))
-        folded = read(0, 0).rows is not None and blocks.folds(base.blocks[-1], backbone.has_rope(base))
-        for i in range(self.prompted):
-            p = self.prompts_of(model, i, batch_size)
-            if i == self.carry_from or not model.shortcuts:
+        folded = reads.rows is not None and blocks.folds(base_blocks[-1], backbone.has_rope(self.base))
+        for i, block in enumerate(base_blocks[: self.prompted]):
+            p = self.prompts_of(i, batch_size)
+            if i == self._carry_from or not self.shortcuts:
                 rows[i] = p
             else:
-                last = i == self.depth - 1
-                prompts[i] = blocks.prepare_prompts(base.blocks[i], p, folded=folded and last)
+                prompts[i] = blocks.prepare_prompts(block, p, folded=folded and i == depth - 1)
         return VPTState(tuple(prompts), tuple(rows))
 
+    @staticmethod
     def run(
-        self,
-        base: Any,
+        base: Backbone,
         state: VPTState,
         x: Tensor,
         ropes: list[Tensor | None],
-        read: Read,
-        on_block: Callable[[int, Tensor], None] | None = None,
+        reads: HeadInput,
+        on_block: OnBlock | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
-        prefix, carried = base.num_prefix_tokens, 0
-        normed: Tensor | None = None
-        if on_block is not None:
-            on_block(-1, x)
-        for i, (block, following) in enumerate(pairwise([*base.blocks[:depth], None])):
+        run_block = blocks.recomputed(base, blocks.run_block)
+        run_rows = blocks.recomputed(base, blocks.run_rows)
+        base_blocks = backbone.blocks_of(base)
+        prefix, carried, normed = base.num_prefix_tokens, 0, None
+        stop = len(base_blocks) if depth is None else depth
+        for i, block in enumerate(base_blocks[:stop]):
+            if on_block is not None:
+                on_block(i, x, carried)
             rows = state.rows[i]
             if rows is not None:
-                entering = rows.expand(x.shape[0], -1, -1)
-                x = torch.cat([x[:, :prefix], entering, x[:, prefix + carried :]], dim=1)
-                carried, normed = entering.shape[1], None
-            reading = read(x.shape[1], carried) if i == self.depth - 1 else backbone.Reading()
-            temperature = state.temperatures[i] if state.temperatures else None
-            gate = state.gates[i] if i < len(state.gates) and carried else None
-            context = Context(ropes[i], carried, prefix, temperature, gate, normed=normed)
-            if gate is not None and following is not None:
-                x, normed = _run_gated(base, block, x, following, state.prompts[i], context)
+                x = torch.cat([x[:, :prefix], rows.expand(x.shape[0], -1, -1), x[:, prefix + carried :]], 1)
+                carried, normed = rows.shape[-2], None
+            last = i == len(base_blocks) - 1
+            context = Context(
+                rope=ropes[i],
+                prefix=prefix,
+                carried=carried,
+                masked=state.masked and carried > 0,
+                temperature=state.temperatures[i] if state.temperatures else None,
+                gate=state.gates[i] if i < len(state.gates) and carried > 0 else None,
+                following=base_blocks[i + 1] if i + 1 < stop else None,
+                normed=normed,
+            )
+            if last and reads.rows is not None:
+                x = run_rows(block, x, state.prompts[i], context, reads.rows)
             else:
-                x, normed = run_reading(base, block, x, reading, state.prompts[i], context), None
-            if on_block is not None:
-                on_block(i, strip(x, prefix, carried))
+                x, normed = run_block(block, x, state.prompts[i], context, reads.spans if last else None)
         return x, carried
 
-    def prompts_of(self, model: Any, i: int, batch_size: int | None) -> Tensor:
-        """The prompts of block i: [P, D], or [B, P, D] under prompt dropout, which each image draws for itself."""
-        p = model.prompts[0 if self.config.shared_across_blocks else i]
-        if model.prompt_project is not None:
-            p = model.prompt_project(p)
+    def prompts_of(self, block: int, batch_size: int | None) -> Tensor:
+        """Return the prompts that enter `block`, one of the first `prompted`.
+
+        They are [P, D], or [B, P, D] under prompt dropout, which each image draws for itself.
+        """
+        p = self.prompts[block if len(self.prompts) > 1 else 0]
+        if self.prompt_project is not None:
+            p = self.prompt_project(p)
         # Prompts may be kept in float32 beside a bfloat16 backbone.
-        p = self._normed(model, p).to(next(model.base.parameters()).dtype)
-        if self.config.dropout > 0 and model.training and batch_size is not None:
+        p = self.norm_prompts(p).to(next(self.base.parameters()).dtype)
+        if self.config.dropout > 0 and self.training and batch_size is not None:
             p = F.dropout(p.expand(batch_size, -1, -1), self.config.dropout)
         return p
 
-    def _normed(self, model: Any, p: Tensor) -> Tensor:
-        """Prompts [P, D] as they enter the model; DA-VPT norms them."""
+    def norm_prompts(self, p: Tensor) -> Tensor:
+        """Return prompts [P, D] as they enter the model; DA-VPT norms them."""
         return p
-
-
-def _run_gated(base: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`fastprompt.blocks.run_gated`; recomputed in the backward if `base` has gradient checkpointing on."""
-    if getattr(base, "grad_checkpointing", False):
-        return checkpoint(blocks.run_gated, *arguments, use_reentrant=False)
-    return blocks.run_gated(*arguments)
-
-
-def strip(x: Tensor, prefix: int, carried: int) -> Tensor:
-    """Tokens [B, N + carried, D] without the prompts that stand after the prefix tokens."""
-    if carried == 0:
-        return x
-    return torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)

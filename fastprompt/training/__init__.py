@@ -1,6 +1,6 @@
-"""Data and a small loop for prompt tuning."""
+"""A small training loop for prompts, with data in memory (docs/training.md)."""
 
-from fastprompt.training.data import Batches, LabelledImages, augment, digits, split_per_class
+from fastprompt.training.data import Batches, LabelledImages, split_per_class
 from fastprompt.training.loop import History, TrainingStep, evaluate, fit
 from fastprompt.training.sampler import ClassBalancedBatchSampler
 
@@ -10,8 +10,6 @@ __all__ = [
     "History",
     "LabelledImages",
     "TrainingStep",
-    "augment",
-    "digits",
     "evaluate",
     "fit",
     "split_per_class",

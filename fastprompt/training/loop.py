@@ -1,8 +1,8 @@
-"""The training loop: AdamW, linear warm-up and cosine, cross-entropy plus the method's own loss."""
+"""The training loop: AdamW with linear warm-up and cosine decay; cross-entropy plus the method's loss."""
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,19 +15,16 @@ from fastprompt.model import PromptModel
 
 
 class Loader(Protocol):
-    """What the loop reads: pairs (images [B, C, height, width], labels [B]), a known number of them per epoch.
+    """An iterable of batches (images [B, C, height, width], labels [B]) with a length, such as a `DataLoader`."""
 
-    A `torch.utils.data.DataLoader` is one.
-    """
-
-    def __iter__(self) -> Any: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Where the loop is, for a progress display; `step` counts updates from 1 to `steps`."""
+    """Progress of `fit`: `step` counts updates from 1 to `steps`, `epoch` counts from 0."""
 
     epoch: int
     step: int
@@ -38,7 +35,7 @@ class TrainingStep:
 
 @dataclass
 class History:
-    """Per epoch: mean loss (cross-entropy alone), mean method loss, accuracy on the batches as they were seen."""
+    """Per epoch: mean cross-entropy, mean method loss, and accuracy on the training batches (0 to 1)."""
 
     loss: list[float] = field(default_factory=list)
     method_loss: list[float] = field(default_factory=list)
@@ -61,25 +58,37 @@ def fit(
     seed: int = 0,
     progress: Callable[[TrainingStep], None] | None = None,
 ) -> History:
-    """Train what is trainable in `model`, where it lies, on all batches of `loader`, `epochs` times.
+    """Train the parameters of `model` that require a gradient, with AdamW.
 
-    `model` is a `PromptModel` (its method's loss is added to the cross-entropy) or any module that maps images to
-    logits. AdamW; weight decay on parameters with two or more dimensions only; the learning rate rises linearly
-    over the first `warmup` (a part of all updates, 0..1), then falls to 0 as a cosine. `autocast` is
-    `torch.bfloat16` or None. Dropout and the like draw from `seed`; the caller's random state is left as it was.
-    The model is left in eval mode.
+    Runs on the device of these parameters and leaves the model in eval mode and the global random state unchanged.
 
-    Raises ValueError for a value out of range or a model with nothing to train, and FloatingPointError where the
-    loss stops being a finite number.
+    Args:
+        model: a `PromptModel`, whose method loss is added to the cross-entropy, or any module that maps images to
+            logits.
+        loader: the batches of one epoch.
+        epochs: passes over `loader`.
+        lr: peak learning rate. It rises linearly during warm-up, then falls to 0 as a cosine.
+        weight_decay: applied to parameters with two or more dimensions.
+        warmup: fraction of all updates spent on warm-up, 0 to 1.
+        betas: of AdamW.
+        clip_norm: largest norm of all gradients together; None does not clip.
+        label_smoothing: of the cross-entropy.
+        autocast: `torch.bfloat16`, or None to compute in the dtype of the parameters.
+        seed: seeds dropout and other random layers.
+        progress: called after each update.
+
+    Raises:
+        ValueError: an argument is out of range, `model` has nothing to train, or `loader` is empty.
+        FloatingPointError: the loss is not finite.
     """
     _check(epochs, lr, warmup, autocast)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
-            "`fit`: `model` has no parameter that requires a gradient; got all frozen; unfreeze some."
+            "`fit`: no parameter of `model` requires a gradient; call `requires_grad_()` on those to train."
         )
     if len(loader) == 0:
-        raise ValueError("`fit`: `loader` is empty; got 0 batches; give it at least one.")
+        raise ValueError("`fit`: `loader` is empty.")
     device = trained[0].device
     optimizer = adamw(trained, lr=lr, weight_decay=weight_decay, betas=betas)
     steps = epochs * len(loader)
@@ -105,7 +114,7 @@ def fit(
                 step, value = step + 1, loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"`fit`: the loss must stay finite; got {value} at update {step} of {steps}; "
+                        f"`fit`: the loss is {value} at update {step} of {steps}; "
                         f"lower `lr` (now {lr}) or set `clip_norm`."
                     )
                 seen += len(labels)
@@ -124,9 +133,9 @@ def fit(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Part of the images in `loader` (pairs images [B, C, height, width], labels [B]) that `model` gets right, 0..1.
+    """Return the accuracy of `model` on the batches (images [B, C, height, width], labels [B]) of `loader`, 0 to 1.
 
-    Runs in eval mode and puts the model's mode back. Raises ValueError for no image at all.
+    Runs in eval mode, then restores the mode of the model. Raises ValueError if there are no images.
     """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -139,7 +148,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float
     finally:
         model.train(was_training)
     if seen == 0:
-        raise ValueError("`evaluate`: `loader` holds no image; got 0; give it at least one batch.")
+        raise ValueError("`evaluate`: `loader` is empty.")
     return right / seen
 
 
@@ -150,7 +159,7 @@ def adamw(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves biases, norms and scalars alone."""
+    """Return AdamW with weight decay on parameters with two or more dimensions only."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -160,7 +169,7 @@ def adamw(
 
 
 def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """Factor on the learning rate before update `i` of `steps`: linear up over `warmup * steps`, then a cosine to 0."""
+    """Return the learning-rate factor of update i: it rises linearly over `warmup * steps`, then falls to 0 as a cosine."""
     rising = round(warmup * steps)
 
     def factor(i: int) -> float:
@@ -172,7 +181,7 @@ def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def logits_and_loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, classes] and, from a `PromptModel`, the method's own loss."""
+    """Return the logits [B, classes] and, for a `PromptModel`, the method's loss."""
     if isinstance(model, PromptModel):
         output = model(images, labels=labels)
         return output.logits, output.method_loss
@@ -187,10 +196,10 @@ def _check(epochs: int, lr: float, warmup: float, autocast: torch.dtype | None) 
     if epochs < 1:
         raise ValueError(f"`fit`: `epochs` must be at least 1; got {epochs}.")
     if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"`fit`: `lr` must be a positive number; got {lr}; try 1e-2 for prompts.")
+        raise ValueError(f"`fit`: `lr` must be positive and finite; got {lr}; try 1e-2 for prompts.")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"`fit`: `warmup` is a part of all updates, 0..1; got {warmup}; try 0.1.")
+        raise ValueError(f"`fit`: `warmup` must be a fraction of all updates, 0 to 1; got {warmup}; try 0.1.")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(
-            f"`fit`: `autocast` must be torch.bfloat16 or None; got {autocast}; float16 would need a loss scaler."
+            f"`fit`: `autocast` must be torch.bfloat16 or None; got {autocast}; float16 needs a loss scaler."
         )

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fastprompt import blocks, vit
-from fastprompt.methods import CVPT
+from fastprompt.methods import CVPTModel
 from fastprompt.model import PromptModel
 from fastprompt.ops import project_prompts
 from fastprompt.ops.operator import accumulation_dtype
@@ -44,7 +44,7 @@ def attention_to_prompts(model: PromptModel, images: Tensor, block: int) -> Tens
         )
     with evaluating(model):
         rows = entering(model, images, index)
-        if isinstance(model.method, CVPT):
+        if isinstance(model, CVPTModel):
             return _cross_weights(model, rows, index)
         return _self_weights(model, rows, index)
 
@@ -66,13 +66,13 @@ def _cross_weights(model: PromptModel, rows: Entering, index: int) -> Tensor:
     block: Any = model.base.blocks[index]
     adapter, attention = vit.adapters(block)
     x = rows.x
-    insert = model.method.config.insert  # type: ignore[attr-defined]
+    insert = model.config.insert  # type: ignore[attr-defined]
     if insert in (3, 4):
         h = adapter.attention_input(block, x)
         out = vit.attend(block.attn, *attention.qkv(block.attn, h, rows.rope))
         x = adapter.add_attention(block, x, attention.finish(block.attn, out, h))
     elif insert == 5:
-        x = blocks.run_block(block, x, None, blocks.Context(rope=rows.rope))
+        x, _ = blocks.run_block(block, x, None, blocks.Context(rope=rows.rope))
     weights = attention.plain_weights(block.attn)
     H = block.attn.num_heads
     q = rearrange(F.linear(x, weights.q_weight, weights.q_bias), "B N (H d) -> B N H d", H=H)

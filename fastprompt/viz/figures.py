@@ -84,7 +84,7 @@ def plot_attention(
     maps = weights.mean(1) if head is None else weights[:, head]
     maps = maps[:, model.base.num_prefix_tokens :]  # the patches
     chosen = _chosen_prompts(prompt, maps)
-    height, width = model.base.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    height, width = model.base.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     maps = maps[..., chosen].mT.unflatten(-1, (height, width))  # [B, chosen, height, width]
 
     figure = _figure(1.5 * (1 + len(chosen)) + 1, 1.5 * B + 0.5)
@@ -129,7 +129,7 @@ def plot_class_map(model: PromptModel, loader: Loader | None = None, *, block: i
     if block is not None and loader is None:
         raise ValueError(f"`plot_class_map`: block={block} asks for distances of images; pass `loader` too")
     prompt_of_class: Any = model.class_to_prompt
-    C, P = len(prompt_of_class), model.method.proxies  # type: ignore[attr-defined]
+    C, P = len(prompt_of_class), len(model.get_buffer("class_centroids"))
     figure = _figure(min(2.5 + 0.35 * P, 12), min(1.5 + 0.3 * C, 12))
     axis = figure.subplots()
     if loader is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.methods import DAVPT, GateVPT
+from fastprompt.methods import DAVPTModel, GateVPTModel
 from fastprompt.methods.class_map import normalise
 from fastprompt.methods.da_vpt import block_view
 from fastprompt.methods.proxy_loss import similarities
@@ -48,14 +48,14 @@ def gate_values(model: PromptModel) -> Gates:
     Raises NotImplementedError for another method.
     """
     checked_model(model, "gate_values")
-    if not isinstance(model.method, GateVPT):
+    if not isinstance(model, GateVPTModel):
         raise NotImplementedError(f"`gate_values`: {_name(model)} has no gates; GateVPT has")
     parameters: Any = model
     temperature = parameters.temperature
     if temperature is not None:
         temperature = temperature.detach().clone()
         if isinstance(parameters.temperature, torch.nn.Parameter):
-            temperature.clamp_(*model.method.gate_config.temperature_range)
+            temperature.clamp_(*model.config.temperature_range)
     return Gates(parameters.gate_logits.sigmoid(), temperature)
 
 
@@ -78,7 +78,7 @@ def block_similarity(model: PromptModel) -> Tensor:
     A prompt is not paired with itself, so that the diagonal is NaN where a block has one prompt.
     """
     checked_model(model, "block_similarity")
-    S = getattr(model.method, "prompted", len(model.base.blocks))
+    S = getattr(model, "prompted", len(model.base.blocks))
     means = prompt_similarity(model, 0).new_empty(S, S)
     for i in range(S):
         for j in range(S):
@@ -121,7 +121,7 @@ def class_distances(model: PromptModel, loader: Loader) -> Tensor:
             sums.index_add_(0, labels, features.to(wide))
             counts.index_add_(0, labels, torch.ones_like(counts[labels]))
         # 0/0 makes the rows of absent classes NaN.
-        means = normalise(sums / counts, model.method.da_config.feature_norm)  # type: ignore[attr-defined]
+        means = normalise(sums / counts, model.config.feature_norm)  # type: ignore[attr-defined]
         return _distances(means, centroids)
 
 
@@ -146,10 +146,10 @@ def proxy_distances(
     """
     name = "proxy_distances"
     checked_davpt(model, name)
-    method, base = model.method, model.base
+    base: Any = model.base
     index = checked_block(model, block, name)
     config: Any = model.config
-    if index not in method.guided:  # type: ignore[attr-defined]
+    if not config.guided_blocks[0] <= index <= config.guided_blocks[1]:
         raise ValueError(f"`{name}`: `block` must lie in guided_blocks={config.guided_blocks}; got {block}")
     if feature not in ("class", "patch"):
         raise ValueError(f"`{name}`: `feature` must be 'class' or 'patch'; got {feature!r}")
@@ -256,7 +256,7 @@ def _fitted_centroids(model: PromptModel, caller: str) -> Tensor:
 def checked_davpt(model: PromptModel, caller: str) -> None:
     """Raises NotImplementedError for a method that maps no classes to prompts."""
     checked_model(model, caller)
-    if not isinstance(model.method, DAVPT):
+    if not isinstance(model, DAVPTModel):
         raise NotImplementedError(f"`{caller}`: {_name(model)} maps no classes to prompts; DA-VPT does")
 
 
@@ -292,4 +292,4 @@ def _without_diagonal(square: Tensor) -> Tensor:
 
 
 def _name(model: PromptModel) -> str:
-    return type(model.method).__name__
+    return type(model).__name__.removesuffix("Model")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastprompt import backbone
-from fastprompt.backbone import Reading
-from fastprompt.methods.vpt import VPT, strip
+from fastprompt.backbone import HeadInput, strip
+from fastprompt.methods import VPTModel
 from fastprompt.model import PromptModel
 
 
@@ -28,14 +28,14 @@ class Entering(NamedTuple):
 
 def entering(model: PromptModel, images: Tensor, block: int) -> Entering:
     """images [B, C, h, w] -> what enters `block`; runs the blocks before it."""
-    base, method = model.base, model.method
-    state = method.prepare(model, images.shape[0], _all_rows)
+    base = model.base
+    state = model.prepare(images.shape[0], HeadInput())
     x, ropes = backbone.embed(base, images)
-    x, carried = method.run(base, state, x, ropes, _all_rows, depth=block)
+    x, carried = model.run(base, state, x, ropes, HeadInput(), depth=block)
     prefix = base.num_prefix_tokens
     own = own_prompts(model, block)
     prompts = x[:, prefix : prefix + carried] if own is None else own
-    return Entering(strip(x, prefix, carried), prompts, ropes[block])
+    return Entering(strip(base, x, carried), prompts, ropes[block])
 
 
 def own_prompts(model: PromptModel, block: int) -> Tensor | None:
@@ -43,10 +43,9 @@ def own_prompts(model: PromptModel, block: int) -> Tensor | None:
 
     None for a block that carries the prompts of an earlier one on.
     """
-    method = model.method
-    if not isinstance(method, VPT):
+    if not isinstance(model, VPTModel):
         return model.prompts[block]
-    return method.prompts_of(model, block, None) if block < method.prompted else None
+    return model.prompts_of(block, None) if block < model.prompted else None
 
 
 def checked_block(model: PromptModel, block: int, caller: str) -> int:
@@ -84,7 +83,3 @@ def evaluating(model: PromptModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _all_rows(tokens: int, carried: int) -> Reading:
-    return Reading()

@@ -153,11 +153,11 @@ def test_gate_vpt_with_a_fixed_temperature_or_none(temperature: bool | float) ->
 
 def test_cvpt_dropout_draws_a_mask_for_each_image_and_takes_the_direct_form() -> None:
     model: Any = fastprompt.get_prompt_model(small("vit"), CVPTConfig(3, dropout=0.5)).train()
-    state = model.method.prepare(model, 4, model._read)
+    state = model.prepare(4, model._head_input())
     assert state[0].prompts.key.shape[:2] == (4, 3)
     assert not torch.equal(state[0].prompts.key[0], state[0].prompts.key[1])
     model.eval()
-    assert model.method.prepare(model, 4, model._read)[0].prompts.key.ndim == 3
+    assert model.prepare(4, model._head_input())[0].prompts.key.ndim == 3
 
 
 @pytest.mark.parametrize("method", ["vpt", "gate-vpt", "cvpt"])

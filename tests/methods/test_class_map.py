@@ -110,7 +110,7 @@ def test_later_maps_come_from_the_tuned_models_epoch_and_start_where_the_last_en
     features: dict[int, list[Tensor]] = {}
     for images, labels in data[:4]:
         model(images, labels=labels)
-        pooled = model.base.norm(model.eval()._run(images, model._read)[0])[:, 0]
+        pooled = model.eval().forward_features(images)[:, 0]
         model.train()
         for label, feature in zip(labels.tolist(), pooled, strict=True):
             features.setdefault(label, []).append(feature)

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastprompt
 from fastprompt import DAVPTConfig
 
-CASES = [name for name in golden_files.names("davpt_") if name != "davpt_kmeans"]
+CASES = [name for name in golden_files.names("davpt_") if name not in ("davpt_kmeans", "davpt_mask_all")]
 SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 POOLS = {"all": "all", "img": "image"}
 
@@ -65,8 +65,8 @@ def in_order(model: Any, case: golden_files.Case, kind: str) -> list[Tensor]:
     """Proxies and other prompts in the order of the blocks."""
     proxies = iter(case.tensors[f"{kind}.proxy_prompt_tokens"])
     others = iter(case.tensors[f"{kind}.other_prompt_tokens"])
-    guided = model.method.guided
-    return [next(proxies if i in guided else others) for i in range(model.method.depth)]
+    guided = model.guided
+    return [next(proxies if i in guided else others) for i in range(len(model.prompts))]
 
 
 def trained_gradients(model: Any) -> dict[str, Tensor]:

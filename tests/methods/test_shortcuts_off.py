@@ -6,62 +6,33 @@ from typing import Any
 
 import pytest
 import torch
-from timm_families import CLASSES, PROMPTABLE, images, small
-from torch import Tensor
+from method_models import FAMILIES, LABELS, METHODS, P, changed, outputs_and_gradients, prompted
+from timm_families import CLASSES, images, small
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
-from bench.baselines import ConcatVPT
-from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
+from bench.correctness import assert_same
+from bench.papers import paper_model
+from fastprompt import CVPTConfig, PromptConfig, VPTConfig
 
-P, B, LABELS = 5, 4, torch.tensor([0, 3, 0, 4])
-METHODS: dict[str, PromptConfig] = {
-    "vpt-deep": VPTConfig(P),
-    "vpt-shallow": VPTConfig(P, deep=False),
-    "vpt-partial": VPTConfig(P, blocks=1),
-    "gate-vpt": GateVPTConfig(P, dropout=0.0),
-    "cvpt": CVPTConfig(P),
-    "da-vpt": DAVPTConfig(P, 4, (1, 1)),
-}
-POOLED = ["vpt-deep", "vpt-shallow", "gate-vpt", "da-vpt"]
-
-
-def prompted(family: str, config: PromptConfig, **kwargs: Any) -> Any:
-    model = fastprompt.get_prompt_model(small(family, **kwargs), config)
-    with torch.no_grad():
-        for p in model.prompts:
-            p.normal_()
-    return model
-
-
-def with_pool(method: str, pool: str) -> PromptConfig:
-    return PromptConfig.from_dict({**METHODS[method].to_dict(), "pool": pool})
-
-
-def outputs_and_gradients(model: Any) -> tuple[list[Tensor], list[Tensor]]:
-    logits, loss = model(images(B), labels=LABELS)
-    cotangent = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad((logits * cotangent).sum() + loss, trained, allow_unused=True)
-    return [logits, loss], [torch.zeros(()) if g is None else g for g in found]
+B = len(LABELS)
 
 
 def assert_both_ways_agree(model: Any) -> None:
-    on = outputs_and_gradients(model)
+    x = images(B)
+    on = outputs_and_gradients(model, x)
     model.shortcuts = False
-    torch.testing.assert_close(outputs_and_gradients(model), on, rtol=1e-10, atol=1e-10)
+    assert_same(outputs_and_gradients(model, x), on)
     model.eval()
     with torch.no_grad():
-        logits = model(images(B))
-        torch.testing.assert_close(model.fold()(images(B)), logits, rtol=1e-10, atol=1e-10)
-        tokens = model.forward_features(images(B))
+        logits, tokens = model(x), model.forward_features(x)
+        assert_same(model.fold()(x), logits)
         model.shortcuts = True
-        torch.testing.assert_close(model.forward_features(images(B)), tokens, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(model(images(B)), logits, rtol=1e-10, atol=1e-10)
+        assert_same([model(x), model.forward_features(x)], [logits, tokens])
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", PROMPTABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_are_the_same_on_every_family(family: str, method: str) -> None:
     try:
         model = prompted(family, METHODS[method])
@@ -71,13 +42,13 @@ def test_numbers_are_the_same_on_every_family(family: str, method: str) -> None:
     assert_both_ways_agree(model)
 
 
-@pytest.mark.parametrize("method", POOLED)
+@pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow", "gate-vpt", "da-vpt"])
 @pytest.mark.parametrize("pool", ["all", "image", "prompt"])
 @pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm"])
 def test_numbers_are_the_same_for_every_pool(family: str, pool: str, method: str) -> None:
     if method == "da-vpt" and family == "vit-avg-fc-norm":
         family = "vit-registers"  # the metric loss needs a class token
-    assert_both_ways_agree(prompted(family, with_pool(method, pool)))
+    assert_both_ways_agree(prompted(family, changed(METHODS[method], pool=pool)))
 
 
 @pytest.mark.parametrize("insert", [1, 2, 4, 5])
@@ -90,21 +61,20 @@ def test_intermediate_features_are_the_same(method: str) -> None:
     model = prompted("vit", METHODS[method])
     on = model.forward_intermediates(images(B), return_prefix_tokens=True)
     model.shortcuts = False
-    off = model.forward_intermediates(images(B), return_prefix_tokens=True)
-    torch.testing.assert_close(off, on, rtol=1e-10, atol=1e-10)
+    assert_same(model.forward_intermediates(images(B), return_prefix_tokens=True), on)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_drop_path_drops_the_same_branches(method: str) -> None:
-    config = PromptConfig.from_dict({**METHODS[method].to_dict(), "backbone_train_mode": True})
-    model = prompted("vit", config, depth=4, drop_path_rate=0.5).train()
+    config = changed(METHODS[method], backbone_train_mode=True)
+    model = prompted("vit", config, depth=4, drop_path_rate=0.5)
     torch.manual_seed(0)
-    on = outputs_and_gradients(model)
+    on = outputs_and_gradients(model, images(B))
     model.shortcuts = False
     torch.manual_seed(0)
-    torch.testing.assert_close(outputs_and_gradients(model), on, rtol=1e-10, atol=1e-10)
+    assert_same(outputs_and_gradients(model, images(B)), on)
     torch.manual_seed(1)
-    assert not torch.allclose(outputs_and_gradients(model)[0][0], on[0][0])
+    assert not torch.allclose(model(images(B)), on["logits"])
 
 
 def operations(model: Any) -> tuple[int, int]:
@@ -152,8 +122,7 @@ def test_every_row_runs_through_every_block(method: str) -> None:
 def test_training_costs_what_concatenation_costs(method: str) -> None:
     model = prompted("vit", METHODS[method], depth=DEPTH)
     model.shortcuts = False
-    concatenating = ConcatVPT(model.base, list(model.prompts))
-    assert operations(model) == operations(concatenating)
+    assert operations(model) == operations(paper_model(model))
 
 
 def test_mean_then_norm_runs_the_whole_last_block() -> None:
@@ -161,7 +130,7 @@ def test_mean_then_norm_runs_the_whole_last_block() -> None:
     on = operations(model)
     model.shortcuts = False
     assert operations(model)[0] > on[0]
-    assert operations(model) == operations(ConcatVPT(model.base, list(model.prompts)))
+    assert operations(model) == operations(paper_model(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -177,9 +146,10 @@ def test_folded_model_keeps_the_form_it_was_folded_in(method: str) -> None:
 
 
 def test_the_switch_is_an_argument_and_must_be_a_bool() -> None:
-    assert fastprompt.get_prompt_model(small("vit"), VPTConfig(P)).shortcuts
-    assert not fastprompt.get_prompt_model(small("vit"), VPTConfig(P), shortcuts=False).shortcuts
+    config: PromptConfig = VPTConfig(P)
+    assert fastprompt.get_prompt_model(small("vit"), config).shortcuts
+    assert not fastprompt.get_prompt_model(small("vit"), config, shortcuts=False).shortcuts
     base = small("vit")
     with pytest.raises(TypeError, match="`shortcuts` must be True or False; got 'off'"):
-        fastprompt.get_prompt_model(base, VPTConfig(P), shortcuts="off")  # type: ignore[arg-type]
+        fastprompt.get_prompt_model(base, config, shortcuts="off")  # type: ignore[arg-type]
     assert all(p.requires_grad for p in base.parameters()), "nothing was changed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from timm_families import CLASSES, DEPTH, FAMILIES, PROMPTABLE, images, randomis
 from torch import Tensor, nn
 
 import fastprompt
-from bench.baselines import ConcatVPT
+from bench.papers import paper_model, trace
 from fastprompt import VPTConfig, backbone, blocks
+from fastprompt.config import Pool
 
 PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 1}}
 
@@ -28,14 +29,7 @@ def prompted(base: nn.Module, config: VPTConfig) -> Any:
 
 
 def pools_of(base: nn.Module) -> list[str]:
-    return [p for p in backbone.POOLS if backbone.pool_reason(base, p) is None]
-
-
-def oracle_of(model: Any, masks: list[Tensor] | None = None) -> ConcatVPT:
-    prompts = list(model.prompts)
-    if model.config.shared_across_blocks:
-        prompts *= model.method.prompted
-    return ConcatVPT(model.base, prompts, model.pool, masks)
+    return [p for p in get_args(Pool) if backbone.pool_reason(base, p) is None]
 
 
 def gradients(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -59,7 +53,7 @@ def test_logits_and_gradients_equal_concatenation(family: str, place: str) -> No
     base, x = small(family), images()
     for pool in pools_of(base):
         model = prompted(small(family), VPTConfig(3, pool=pool, **PLACES[place]))
-        assert_same(gradients(model, x), gradients(oracle_of(model), x))
+        assert_same(gradients(model, x), gradients(paper_model(model), x))
 
 
 @pytest.mark.parametrize("family", PROMPTABLE)
@@ -84,25 +78,15 @@ def test_no_prompts_leave_the_backbone_as_it_is(family: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "vit-qk-norm", "rope-mixed"])
-def test_dropout_masks_of_each_image_equal_concatenation(
-    family: str, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the same masks: the official code drops prompts after they are expanded to the batch."""
+def test_dropout_masks_of_each_image_equal_concatenation(family: str, place: str) -> None:
+    """From the same seed: the official code drops prompts after they are expanded to the batch."""
     model = prompted(small(family), VPTConfig(3, dropout=0.4, **PLACES[place])).train()
-    masks: list[Tensor] = []
-
-    def dropout(p: Tensor, probability: float, training: bool = True, inplace: bool = False) -> Tensor:
-        if probability == 0 or not training:
-            return p  # the frozen backbone's own dropouts
-        assert p.shape[0] == 2, "prompts are expanded to the batch first"
-        masks.append((torch.rand(p.shape) > probability).to(p.dtype) / (1 - probability))
-        return p * masks[-1]
-
-    monkeypatch.setattr("fastprompt.methods.vpt.F.dropout", dropout)
-    mine = gradients(model, images())
-    assert len(masks) == model.method.prompted
-    assert not torch.equal(masks[0][0], masks[0][1])
-    assert_same(mine, gradients(oracle_of(model, masks), images()))
+    x = images(1).expand(2, -1, -1, -1)
+    torch.manual_seed(3)
+    mine = gradients(model, x)
+    assert not torch.equal(mine[0][0], mine[0][1]), "each image has its own masks"
+    torch.manual_seed(3)
+    assert_same(mine, gradients(paper_model(model), x))
 
 
 def test_dropout_is_off_in_eval_mode_and_when_folded() -> None:
@@ -116,17 +100,15 @@ def test_shared_prompts_collect_the_gradients_of_all_blocks() -> None:
     model = prompted(small("vit"), VPTConfig(3, shared_across_blocks=True))
     assert len(model.prompts) == 1
     logits, (shared, *_) = gradients(model, images())
-    oracle = oracle_of(model)
-    expected, per_block = gradients(oracle, images())
+    expected, (collected, *_) = gradients(paper_model(model), images())
     assert_same(logits, expected)
-    assert_same(shared, sum(per_block[:DEPTH]))
+    assert_same(shared, collected)
 
 
 def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
     model = prompted(small("vit"), VPTConfig(3, project=10))
     assert [tuple(p.shape) for p in model.prompts] == [(3, 10)] * DEPTH
-    oracle = ConcatVPT(model.base, [model.prompt_project(p) for p in model.prompts])
-    assert_same(model(images()), oracle(images()))
+    assert_same(model(images()), paper_model(model)(images()))
     assert model.prompt_project.weight.requires_grad
 
 
@@ -134,12 +116,8 @@ def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_intermediates_are_the_concatenating_models_without_prompts(family: str, place: str) -> None:
     model = prompted(small(family), VPTConfig(3, **PLACES[place]))
-    oracle, x = oracle_of(model), images()
-    prefix, P = model.base.num_prefix_tokens, 3
-    states = oracle.tokens(x)
-    if place == "partial":
-        assert states[0].shape == states[1].shape
-    expected = [torch.cat([s[:, :prefix], s[:, prefix + P :]], 1) for s in states]
+    x, prefix = images(), model.base.num_prefix_tokens
+    expected = trace(model, x).tokens
     final, rows = model.forward_intermediates(x, output_fmt="NLC")
     assert_same(rows, [s[:, prefix:] for s in expected])
     assert_same(final, model.base.norm(expected[-1]))
@@ -181,7 +159,7 @@ def test_drop_path_of_frozen_blocks_is_active_only_on_request() -> None:
     assert any(m.training for m in moving.base.modules() if isinstance(m, DropPath))
     torch.manual_seed(0)
     mine = moving(images(8))
-    oracle = oracle_of(moving).train()
+    oracle = paper_model(moving).train()
     torch.manual_seed(0)
     assert_same(
         mine, oracle(images(8))
@@ -238,7 +216,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
     """Nothing before block 0 trains."""
     model = prompted(small("vit"), VPTConfig(3))
     x, ropes = backbone.embed(model.base, images())
-    state = model.method.prepare(model, 2, model._read)
+    state = model.prepare(2, model._head_input())
     asked: list[list[bool]] = []
     original = torch.ops.fastprompt.packed_prompt_attention_backward
 
@@ -249,7 +227,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.fastprompt, "packed_prompt_attention_backward", Spy(), raising=False)
-        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context()).sum().backward()
+        blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context())[0].sum().backward()
     assert asked == [[False, True, True, False]]
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastprompt
-from bench.baselines import ConcatVPT
-from fastprompt.methods import vpt
+from bench.papers import paper_model
+from fastprompt import backbone
 
 CASES = golden_files.names("vpt_")
 SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
@@ -61,8 +61,7 @@ def test_features_and_gradients_equal_the_official_code(name: str, shortcuts: bo
 def test_the_concatenating_oracle_equals_the_official_code(name: str) -> None:
     """No shortcut at all: prompts are rows of every block."""
     case = golden_files.load(name)
-    model = prompt_model(case)
-    check(ConcatVPT(golden_files.backbone(case.mean_pooled), list(model.prompts), model.pool), case)
+    check(paper_model(prompt_model(case)), case)
 
 
 @SHORTCUTS
@@ -83,6 +82,7 @@ def test_prompts_fill_the_official_initial_interval() -> None:
 
 
 def test_strip_removes_the_carried_rows_only() -> None:
+    base: Any = golden_files.backbone(False)
     x = torch.arange(7.0).view(1, 7, 1)
-    assert vpt.strip(x, prefix=1, carried=3).flatten().tolist() == [0, 4, 5, 6]
-    assert vpt.strip(x, prefix=1, carried=0) is x
+    assert backbone.strip(base, x, carried=3).flatten().tolist() == [0, 4, 5, 6]
+    assert backbone.strip(base, x, carried=0) is x

@@ -1,16 +1,18 @@
-"""What the demo does with which numbers: sizes, methods, learning rates. docs/demo.md says how they were chosen."""
+"""The settings of the demo: sizes, methods, learning rates. docs/demo.md says how they were chosen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from fastprompt.config import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
 LINEAR_PROBE = "Linear probe"
+QUICK_NOTE = "Smoke run (--quick): these numbers mean nothing."
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a configuration for `get_prompt_model` and how it is tuned."""
+    """A row of the table: the configuration for `get_prompt_model`, and how to tune it."""
 
     config: PromptConfig
     lr: float
@@ -44,13 +46,13 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One run of the demo; `Protocol.quick()` is the smoke run, whose numbers mean nothing."""
+    """One run of the demo."""
 
     backbone: Backbone = field(default_factory=Backbone)
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     seen_classes: tuple[int, ...] = (0, 1, 2, 3, 4)
     new_classes: tuple[int, ...] = (5, 6, 7, 8, 9)
-    pool: int = 350  # images that labelled ones are drawn from; all others are the test set
+    pool: int = 350  # images that the labelled ones are drawn from; the others are the test set
     labelled: int = 200
     seeds: int = 3
     epochs: int = 40
@@ -61,9 +63,9 @@ class Protocol:
 
     @classmethod
     def quick(cls, seeds: int = 1) -> "Protocol":
-        """Seconds instead of minutes: every part runs, nothing is trained enough."""
+        """Return the smoke run: it runs everything within seconds and trains nothing properly."""
         backbone = Backbone(width=24, depth=2, epochs=1, batch_size=128, held_out=50)
-        methods = {name: Method(_few(method.config), method.lr) for name, method in METHODS.items()}
+        methods = {name: Method(_small(method.config), method.lr) for name, method in METHODS.items()}
         return cls(
             backbone,
             methods,
@@ -77,8 +79,9 @@ class Protocol:
         )
 
 
-def _few(config: PromptConfig) -> PromptConfig:
-    """With 2 prompts, for a backbone of 2 blocks."""
+def _small(config: PromptConfig) -> PromptConfig:
+    """Return `config` with 2 prompts, for a backbone of 2 blocks."""
+    changes: dict[str, Any] = {"num_prompts": 2}
     if isinstance(config, DAVPTConfig):
-        return replace(config, num_prompts=2, guided_blocks=(0, 1))
-    return replace(config, num_prompts=2)  # type: ignore[call-arg]
+        changes["guided_blocks"] = (0, 1)
+    return replace(config, **changes)

@@ -1,13 +1,14 @@
-"""The demo's table: on the terminal, as Markdown, and as JSON with everything behind it."""
+"""The demo's results as a table, as JSON and as files."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastprompt.demo.run import Results, Row
+from examples.digits.figure import draw
+from examples.digits.protocol import QUICK_NOTE
+from examples.digits.run import Results, Row
 
-QUICK_NOTE = "Smoke run (--quick): these numbers mean nothing."
 COLUMNS = (
     "Method",
     "Accuracy, %",
@@ -16,11 +17,10 @@ COLUMNS = (
     "Papers' form / fastprompt",
     "Largest logit difference",
 )
-ALIGN_LEFT = 1  # columns from here on hold numbers
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row of the table as text, in the order of `COLUMNS`."""
+    """Return a row of the table as text, in the order of `COLUMNS`."""
     comparison = row.comparison
     return (
         row.name,
@@ -33,9 +33,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def summary(results: Results) -> list[str]:
-    """What the table's numbers are, one sentence a line."""
-    protocol = results.protocol
-    prepared = results.prepared
+    """Return the lines below the table, which say what its numbers are."""
+    protocol, prepared = results.protocol, results.prepared
     lines = [] if protocol.meaningful else [QUICK_NOTE]
     return [
         *lines,
@@ -44,8 +43,7 @@ def summary(results: Results) -> list[str]:
         f"Accuracy: on {len(prepared.test)} held-out images of {_span(protocol.new_classes)} after tuning on "
         f"{protocol.labelled}; mean ± standard deviation over {protocol.seeds} draws of these.",
         f"Step: fastest of {protocol.timing_rounds} training steps on {protocol.timing_batch} images (on a CPU: "
-        "processor time); "
-        "papers' form / fastprompt: how many times longer the same step takes as one writes it on timm.",
+        "processor time); papers' form / fastprompt: how many times longer the same step takes as one writes it on timm.",
         f"{results.environment['device']}; torch {results.environment['torch']}, timm "
         f"{results.environment['timm']}; {results.seconds['total']:.0f} s in all, "
         f"{results.seconds['processor']:.0f} s of processor time.",
@@ -53,15 +51,15 @@ def summary(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """The table and what its numbers are."""
+    """Return the table and the lines below it in Markdown."""
     head = "| " + " | ".join(COLUMNS) + " |"
-    rule = "|" + "|".join(":--" if i < ALIGN_LEFT else "--:" for i in range(len(COLUMNS))) + "|"
+    rule = "|:--" + "|--:" * (len(COLUMNS) - 1) + "|"
     body = ["| " + " | ".join(cells(row)) + " |" for row in results.rows]
     return "\n".join([head, rule, *body, "", *(f"- {line}" for line in summary(results)), ""])
 
 
 def as_dict(results: Results) -> dict[str, Any]:
-    """Everything measured, for `results.json`."""
+    """Return all results, for `results.json`."""
     protocol = results.protocol
     return {
         "meaningful": protocol.meaningful,
@@ -105,9 +103,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
 
 
 def save(results: Results, out: Path) -> list[Path]:
-    """Write results.json, results.md and results.png into the folder `out`; returns their paths."""
-    from fastprompt.demo.figure import draw
-
+    """Write results.json, results.md and results.png into the folder `out` and return their paths."""
     paths = [out / "results.json", out / "results.md", out / "results.png"]
     paths[0].write_text(json.dumps(as_dict(results), indent=2) + "\n", encoding="utf-8")
     paths[1].write_text(markdown(results), encoding="utf-8")
@@ -116,11 +112,9 @@ def save(results: Results, out: Path) -> list[Path]:
 
 
 def backbone_parameters(results: Results) -> int:
-    """How many parameters the backbone has, its head for the first classes included."""
+    """Return the number of the backbone's parameters, including its head for the first classes."""
     return sum(p.numel() for p in results.prepared.backbone.parameters())
 
 
 def _span(classes: tuple[int, ...]) -> str:
-    if len(classes) > 1 and classes == tuple(range(classes[0], classes[-1] + 1)):
-        return f"the digits {classes[0]} to {classes[-1]}"
-    return "the digits " + ", ".join(map(str, classes))
+    return f"the digits {classes[0]} to {classes[-1]}"

@@ -1,4 +1,4 @@
-"""The demo's one figure: the images, the accuracies, the course of the tuning and the step times."""
+"""The demo's figure: sample images, accuracies, training losses and step times."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastprompt.demo.report import QUICK_NOTE
-from fastprompt.demo.run import Results, Row
+from examples.digits.protocol import QUICK_NOTE
+from examples.digits.run import Results, Row
 from fastprompt.training import LabelledImages
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; the probe is grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the probe is grey.
 COLOURS = ("#8c8c8c", "#56b4e9", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")
-SAMPLES = 3  # images shown of each class
+SAMPLES = 3  # images of each class
 
 
 def draw(results: Results) -> Figure:
-    """The figure, 12 x 7.4 inches; `savefig` writes it."""
+    """Return the figure, 12 x 7.4 inches."""
     figure = Figure(figsize=(12, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    upper, lower = parts
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    upper, lower = halves
     left, right = upper.subfigures(1, 2, wspace=0.03)
     protocol = results.protocol
     _images(left, results.prepared.seen, "The backbone learns these digits …")
@@ -50,10 +50,9 @@ def _images(part: Any, data: LabelledImages, title: str) -> None:
 
 def _accuracies(axis: Any, results: Results) -> None:
     rows = results.rows
-    for draw in zip(*(row.accuracies for row in rows), strict=True):
-        axis.plot(
-            range(len(rows)), [100 * a for a in draw], color="#b8b8b8", lw=1, marker="o", ms=3.5, zorder=2
-        )
+    for accuracies in zip(*(row.accuracies for row in rows), strict=True):
+        percent = [100 * a for a in accuracies]
+        axis.plot(range(len(rows)), percent, color="#b8b8b8", lw=1, marker="o", ms=3.5, zorder=2)
     for i, row in enumerate(rows):
         mean, std = 100 * row.mean, 100 * row.std
         axis.errorbar(i, mean, std, fmt="o", ms=10, color=_colour(i), capsize=6, lw=2, zorder=3)

@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
-
-import fastprompt
-from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig, cli
 from fastprompt.demo.backbone import UprightDigits, build, turn
 from fastprompt.demo.batches import batches_for
 from fastprompt.demo.measure import compare, fastest_steps, step_time
@@ -22,6 +17,11 @@ from fastprompt.demo.protocol import LINEAR_PROBE, METHODS, Protocol
 from fastprompt.demo.report import QUICK_NOTE
 from fastprompt.demo.run import prepare, prompted, run, tune
 from fastprompt.demo.twins import VPTTwin, twin
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import fastprompt
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig, cli
 from fastprompt.training import digits, split_per_class
 
 

@@ -1,27 +1,22 @@
 """The demo's backbone: a small timm ViT, trained on the first classes and then frozen."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt.demo.protocol import Backbone
+from examples.digits.data import augment
+from examples.digits.protocol import Backbone
 from fastprompt.training import Batches, History, LabelledImages, TrainingStep, evaluate, fit
 
-VIEWS = 2  # upright, and turned by a quarter
+VIEWS = 2  # upright, and rotated by 90 degrees
 
 
-def turn(images: Tensor, turned: Tensor) -> Tensor:
-    """Turn image i of [B, C, S, S] by a quarter where `turned[i]` is 1."""
-    return torch.where(turned.bool()[:, None, None, None], torch.rot90(images, 1, (2, 3)), images)
+class RotatedBatches:
+    """Batches in which each image is rotated by 90 degrees with probability 1/2; label `VIEWS * digit + rotated`.
 
-
-class TurnedBatches:
-    """Batches in which every second image, by chance, is turned by a quarter; label `VIEWS * digit + turned`.
-
-    With upright digits alone the training is over before the features say much about anything but these digits.
+    With upright digits alone, training ends before the features contain much besides these digits.
     """
 
     def __init__(self, batches: Batches, seed: int) -> None:
@@ -31,25 +26,31 @@ class TurnedBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.batches:
-            turned = torch.randint(VIEWS, (len(labels),), generator=self.generator)
-            yield turn(images, turned), VIEWS * labels + turned
+            rotated = torch.randint(VIEWS, (len(labels),), generator=self.generator)
+            yield rotate(images, rotated), VIEWS * labels + rotated
+
+
+def rotate(images: Tensor, rotated: Tensor) -> Tensor:
+    """Rotate image i of [B, C, S, S] by 90 degrees if `rotated[i]` is 1."""
+    return torch.where(rotated.bool()[:, None, None, None], torch.rot90(images, 1, (2, 3)), images)
 
 
 class UprightDigits(nn.Module):
-    """Scores of the digits alone: the classes of the upright view, [B, digits]."""
+    """The scores of the digits alone: the classes of the upright view, [B, digits]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)[:, ::VIEWS]
+        scores: Tensor = self.model(images)
+        return scores[:, ::VIEWS]
 
 
 def build(setting: Backbone, classes: int) -> VisionTransformer:
-    """timm's ViT for one-channel images; the weights come from torch's global random state."""
+    """Return timm's ViT for images of one channel, with weights from torch's global random state."""
     return VisionTransformer(
         img_size=setting.image_size,
         patch_size=setting.patch_size,
@@ -70,12 +71,12 @@ def train_backbone(
     device: torch.device,
     progress: Callable[[TrainingStep], None] | None = None,
 ) -> tuple[VisionTransformer, History, float]:
-    """Train on `train`; returns the frozen model, the course, and the accuracy on the upright `held_out`, 0..1."""
+    """Train on `train`; return the frozen model, its history, and its accuracy on the upright `held_out`, 0 to 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(setting, VIEWS * len(train.classes))
     model.to(device)
-    batches = TurnedBatches(Batches(train, setting.batch_size, seed=seed, distort=True), seed)
+    batches = RotatedBatches(Batches(train, setting.batch_size, seed=seed, transform=augment), seed)
     history = fit(
         model,
         batches,

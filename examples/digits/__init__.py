@@ -1,0 +1,1 @@
+"""Prompt tuning of a small ViT on handwritten digits, against a linear probe (docs/demo.md)."""

@@ -9,10 +9,11 @@ import pytest
 import torch
 from prompted_models import CONFIGS, prompted
 from timm.layers import PatchEmbed
-from timm_families import WIDTH, close, images, small, vit
+from timm_families import WIDTH, images, small, vit
 from torch import nn
 
 import fastprompt
+from bench.correctness import assert_same
 from bench.papers import trace
 from fastprompt import VPTConfig, as_encoder
 from fastprompt.encoder import PromptEncoder
@@ -34,7 +35,7 @@ def test_maps_are_the_patches_of_the_concatenating_model(name: str) -> None:
     for found, state in zip(maps, (states[0], states[2]), strict=True):
         for row in range(4):
             for column in range(4):
-                close(found[:, :, row, column], state[:, prefix + 4 * row + column])
+                assert_same(found[:, :, row, column], state[:, prefix + 4 * row + column])
 
 
 @pytest.mark.parametrize("family", ["eva02-fused-glu", "rope-mixed", "deit-distilled", "vit-avg-fc-norm"])
@@ -42,13 +43,13 @@ def test_other_families_give_maps_too(family: str) -> None:
     model = prompted(small(family), "vpt-deep")
     (found,) = as_encoder(model, 1)(images())
     state = trace(model, images()).tokens[-1][:, model.base.num_prefix_tokens :]
-    close(found.flatten(2).mT, state)
+    assert_same(found.flatten(2).mT, state)
 
 
 def test_norm_is_the_models_final_one() -> None:
     model = plain()
     (raw,), (normed,) = as_encoder(model, [1])(images()), as_encoder(model, [1], norm=True)(images())
-    close(normed.flatten(2).mT, model.base.norm(raw.flatten(2).mT))
+    assert_same(normed.flatten(2).mT, model.base.norm(raw.flatten(2).mT))
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,7 @@ def test_key_and_value_maps_are_absorbed_unless_norm_or_rotary_position_acts_on_
 def test_attention_dropout_is_refused_rather_than_dropped() -> None:
     attn: Any = Attention(48, 3, attn_drop=0.25)
     q, k, v = vit.ATTENTION[Attention].qkv(attn, torch.randn(2, 5, 48))
-    with pytest.raises(
-        NotImplementedError, match=r"active attention dropout.*got p = 0\.25; .*eval mode"
-    ):
+    with pytest.raises(NotImplementedError, match=r"active attention dropout.*got p = 0\.25; .*eval mode"):
         vit.attend(attn, q, k, v)
     assert vit.attend(attn.eval(), q, k, v).shape == (2, 5, 3, 16)
 

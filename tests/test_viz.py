@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from prompted_models import CONFIGS, prompted
-from timm_families import CLASSES, HEADS, PROMPTABLE, close, images, small
+from timm_families import CLASSES, HEADS, PROMPTABLE, images, small
 from torch import Tensor
 
 import fastprompt
+from bench.correctness import assert_same
 from bench.papers import trace
 from fastprompt import DAVPTConfig, GateVPTConfig, VPTConfig, viz
 from fastprompt.methods.proxy_loss import proxy_loss
@@ -54,15 +55,15 @@ class TestAttention:
         for block in range(3):
             weights = viz.attention_to_prompts(model, images(), block)
             assert weights.shape == (2, HEADS, 5 + 16, 3)
-            close(weights, expected[block])
-        close(viz.attention_to_prompts(model, images(), -1), expected[2])
+            assert_same(weights, expected[block])
+        assert_same(viz.attention_to_prompts(model, images(), -1), expected[2])
 
     @pytest.mark.parametrize("family", PROMPTABLE)
     @pytest.mark.parametrize("name", ["vpt-deep", "vpt-shallow"])
     def test_every_family(self, family: str, name: str) -> None:
         model = prompted(small(family), name)
         for block, expected in enumerate(trace(model, images()).weights):
-            close(viz.attention_to_prompts(model, images(), block), expected)
+            assert_same(viz.attention_to_prompts(model, images(), block), expected)
 
     def test_cross_attention_sums_to_one_and_shared_attention_to_less(self) -> None:
         cross = viz.attention_to_prompts(prompted(small("vit"), "cvpt-3"), images(), 0).sum(-1)
@@ -74,7 +75,7 @@ class TestAttention:
         one, other = vit(VPTConfig(3)), vit(VPTConfig(3, pool="prompt"))
         other.load_state_dict(one.state_dict())
         for block in range(3):
-            close(
+            assert_same(
                 viz.attention_to_prompts(other, images(), block),
                 viz.attention_to_prompts(one, images(), block),
             )
@@ -158,7 +159,7 @@ class TestNumbers:
     def test_similarities_are_of_prompts_as_they_enter_the_model(self) -> None:
         model = prompted(small("vit"), "vpt-project")
         mapped = F.normalize(model.prompt_project(model.prompts[1]), dim=-1)
-        close(viz.prompt_similarity(model, 1), (mapped @ mapped.mT).detach())
+        assert_same(viz.prompt_similarity(model, 1), (mapped @ mapped.mT).detach())
 
     def test_blocks_without_prompts_of_their_own_are_named(self) -> None:
         model = vit(VPTConfig(3, blocks=2))
@@ -190,14 +191,14 @@ class TestNumbers:
         if norm == "layer":
             mean = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-5).sqrt()
         centroid = model.class_centroids[0]
-        close(distances[1, 0], 1 - (mean @ centroid) / (mean.norm() * centroid.norm()), 1e-8)
+        assert_same(distances[1, 0], 1 - (mean @ centroid) / (mean.norm() * centroid.norm()))
 
     def test_centroids(self) -> None:
         model = fitted()
         distances = viz.centroid_distances(model)
         a, b = model.class_centroids
-        close(distances[0, 1], 1 - (a @ b) / (a.norm() * b.norm()))
-        close(distances, distances.mT)
+        assert_same(distances[0, 1], 1 - (a @ b) / (a.norm() * b.norm()))
+        assert_same(distances, distances.mT)
         with pytest.raises(ValueError, match="no centroids yet"):
             viz.centroid_distances(vit(DA))
 
@@ -218,20 +219,20 @@ class TestNumbers:
             alpha=config.alpha,
             delta=config.delta,
         )
-        close(loss, model(x, labels=labels).method_loss.detach())
+        assert_same(loss, model(x, labels=labels).method_loss.detach())
 
     def test_proxy_distances_are_means_over_images(self) -> None:
         model, ((x, labels), *_) = vit(DA), loader(8)
         one = viz.proxy_distances(model, [(x[:1], labels[:1])], 1)
         doubled = torch.cat([x[:1], x[:1]]), labels[:2].mul(0)
-        close(viz.proxy_distances(model, [doubled], 1)[0], one[0])
+        assert_same(viz.proxy_distances(model, [doubled], 1)[0], one[0])
 
     def test_tokens_are_those_that_enter_the_block(self) -> None:
         for name in ("vpt-deep", "vpt-shallow"):
             model = prompted(small("vit", depth=3), name)
             prompts, tokens, labels = viz.prompts_and_tokens(model, loader(8), 2)
             x = torch.cat([batch for batch, _ in loader(8)])
-            close(tokens, trace(model, x).tokens[1][:, 0])
+            assert_same(tokens, trace(model, x).tokens[1][:, 0])
             assert labels.tolist() == [0, 1, 2, 3] * 2
             if name == "vpt-deep":
                 assert torch.equal(prompts, model.prompts[2])
@@ -243,7 +244,7 @@ class TestNumbers:
         model = prompted(small("vit-avg-fc-norm"), "vpt-deep")
         tokens = viz.prompts_and_tokens(model, loader(8), 1).tokens
         x = torch.cat([batch for batch, _ in loader(8)])
-        close(tokens, trace(model, x).tokens[0].mean(1))
+        assert_same(tokens, trace(model, x).tokens[0].mean(1))
         assert viz.prompts_and_tokens(model, loader(8), 0).tokens.std(0).min() > 0
 
     def test_class_tokens_of_block_0_are_all_alike_and_refused(self) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_cvpt_golden import prompt_model
 from test_gate_vpt_fused import operators_of
-from timm_families import PROMPTABLE, close, gradients, small
+from timm_families import PROMPTABLE, gradients, small
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt import blocks
 from fastprompt.methods import cvpt
 
@@ -58,7 +59,7 @@ def test_every_family_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, fa
     got = gradients(model, model)
     assert got.keys() == want.keys()
     for name, x in want.items():
-        close(got[name], x)
+        assert_same(got[name], x)
 
 
 @pytest.mark.parametrize(("insert", "fused"), [(1, 0), (2, 0), (3, 2), (4, 0), (5, 0)])
@@ -83,7 +84,7 @@ def test_a_norm_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -
     fuse(monkeypatch)
     assert counts(model) == (0, 2)
     for name, x in gradients(model, model).items():
-        close(x, want[name])
+        assert_same(x, want[name])
 
 
 def test_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ import golden_files
 import pytest
 import torch
 from test_gate_vpt_golden import CASES, prompt_model
-from timm_families import PROMPTABLE, close, gradients, images, small
+from timm_families import PROMPTABLE, gradients, images, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt import blocks
 
 CONFIG = fastprompt.GateVPTConfig(3, dropout=0.0)
@@ -70,7 +71,7 @@ def test_every_family_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, fa
     got = gradients(model, model)
     assert got.keys() == want.keys()
     for name, x in want.items():
-        close(got[name], x)
+        assert_same(got[name], x)
 
 
 def test_gated_blocks_and_the_next_norm_are_one_operator(fused: None) -> None:
@@ -100,7 +101,7 @@ def test_a_norm_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -
     assert want["base.blocks.1.norm1.weight"].any()
     monkeypatch.setattr(blocks, "has_fused_kernel", lambda operation, x: True)
     for name, x in gradients(model, model).items():
-        close(x, want[name])
+        assert_same(x, want[name])
 
 
 def test_a_hook_on_the_norm_is_called(fused: None) -> None:

@@ -232,15 +232,9 @@ def _backward_eager(
     length: int,
     needs: list[bool],
 ) -> _Gradients:
-    grad = _either(grad_y, grad_normed)
+    d_input, d_prompt, d_gate = _empty_gradients(_either(grad_y, grad_normed), gate, length, needs)
+    grad = _gradient_of_y(grad_y, grad_normed, y, mean, rstd, weight)
     wide = accumulation_dtype(grad.dtype)
-    d_input, d_prompt, d_gate = _empty_gradients(grad, gate, length, needs)
-    if grad_normed is not None:
-        assert y is not None
-        assert mean is not None
-        assert rstd is not None
-        grad = layer_norm_backward(grad_normed, y, mean, rstd, weight)
-        grad = grad if grad_y is None else grad + grad_y.to(wide)
     if needs[0]:
         d_input.copy_(grad)
     if gate is None:
@@ -254,6 +248,21 @@ def _backward_eager(
     if needs[2] and difference is not None:
         d_gate = (rows * difference).sum().reshape(gate.shape).to(gate.dtype)
     return d_input, d_prompt, d_gate
+
+
+def _gradient_of_y(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Add the gradients from both outputs, in float32 or better if one is from the norm."""
+    if grad_normed is None or y is None or mean is None or rstd is None:
+        return _either(grad_y, grad_normed)
+    grad = layer_norm_backward(grad_normed, y, mean, rstd, weight)
+    return grad if grad_y is None else grad + grad_y
 
 
 def _empty_gradients(grad: Tensor, gate: Tensor | None, length: int, needs: list[bool]) -> _Gradients:
@@ -275,30 +284,29 @@ def _forward_cpu(
     x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int, *norm: Any
 ) -> _Forward:
     y = torch.ops.fastprompt_cpu.gated_blend(x, delta, prompt_in, gate, start, length)
-    return y, *empty_norm(y, None)
+    return y, *layer_norm(y, *norm)
 
 
 def _can_forward_cpu(x: Tensor, *rest: Any) -> str | None:
-    return _no_norm(rest[-1] is not None) or _can_run_cpu(x)
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"dtype {x.dtype} is not supported (float32, float64, bfloat16, float16)"
+    return dispatch.needs_device(x, "cpu")
 
 
 def _backward_cpu(*args: Any) -> _Gradients:
-    grad, _grad_normed, _y, _mean, _rstd, _weight, gate, difference, start, length, needs = args
-    return torch.ops.fastprompt_cpu.gated_blend_backward(grad, gate, difference, start, length, *needs)
+    *of_norm, gate, difference, start, length, needs = args
+    dtype = _either(*of_norm[:2]).dtype
+    grad = _gradient_of_y(*of_norm)
+    difference = None if difference is None else difference.to(grad.dtype)
+    d_input, d_prompt, d_gate = torch.ops.fastprompt_cpu.gated_blend_backward(
+        grad, gate, difference, start, length, *needs
+    )
+    return d_input.to(dtype), d_prompt.to(dtype), d_gate
 
 
 def _can_backward_cpu(grad_y: Tensor | None, grad_normed: Tensor | None, *rest: Any) -> str | None:
-    return _no_norm(grad_normed is not None) or _can_run_cpu(_either(grad_y, grad_normed))
-
-
-def _no_norm(norm: bool) -> str | None:
-    return "it computes no norm" if norm else None
-
-
-def _can_run_cpu(x: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"it runs float32, float64, bfloat16 and float16, not {x.dtype}"
-    return dispatch.needs_device(x, "cpu")
+    gate = rest[4]
+    return "it needs a gate" if gate is None else _can_forward_cpu(_either(grad_y, grad_normed))
 
 
 dispatch.register("gated_blend", "cpu", _forward_cpu, _can_forward_cpu)

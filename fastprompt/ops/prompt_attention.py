@@ -442,8 +442,8 @@ def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
     low, high = (int(x) for x in index.aminmax())
     if low < 0 or high >= prompt_k.shape[0]:
         raise IndexError(
-            f"`prompt_attention`: `prompt_index` must be in 0..{prompt_k.shape[0] - 1}; got {low} to {high} for a table of "
-            f"T={prompt_k.shape[0]} sets"
+            f"`prompt_attention`: `prompt_index` runs from {low} to {high}, outside the table of T={prompt_k.shape[0]} "
+            f"sets; use 0..{prompt_k.shape[0] - 1}"
         )
 
 

@@ -1,132 +1,156 @@
-"""gated_blend: numbers and every gradient, wherever the prompt rows stand, and what it refuses."""
+"""gated_blend, alone and with its norm: both outputs and every gradient, as an operator, and what it refuses."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+import torch.nn.functional as F
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import (
-    FLOATS,
-    Inputs,
-    assert_as_exact_as_eager,
-    assert_close,
-    backends_of,
-    by_dtype,
-    by_layout,
-    evaluate,
-    saved_bytes,
-)
+from numerics import FLOATS, backends_of, by_dtype, by_layout, saved_bytes
 from torch import Tensor
 
-from fastprompt.ops import dispatch, gated_blend, gated_blend_reference
+from bench.correctness import Inputs, Oracle, assert_same, evaluate
+from fastprompt.ops import Norm, dispatch, gated_blend, gated_blend_reference
 
 OPERATION = "gated_blend"
-TENSORS = ("x", "delta", "prompt_in", "gate")
+OPS = torch.ops.fastprompt
+EPS = 1e-6
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+by_norm = pytest.mark.parametrize("norm", [False, True], ids=["alone", "norm"])
 
-# B, N, D, start, length
-SIZES = {
+Sizes = tuple[int, int, int, int, int]  # B, N, D, start, length
+SMALL: Sizes = (2, 6, 8, 1, 3)
+SIZES: dict[str, Sizes] = {
     "after the class token": (2, 12, 24, 1, 4),
     "no prompt rows": (2, 5, 8, 2, 0),
     "no prompt rows, at the end": (2, 5, 8, 5, 0),
     "first rows": (2, 7, 33, 0, 3),
-    "last rows": (2, 7, 31, 4, 3),
+    "last rows": (2, 7, 96, 4, 3),
     "all rows": (2, 6, 16, 0, 6),
     "one row of one": (3, 1, 5, 0, 1),
     "width 1": (2, 9, 1, 3, 2),
     "empty batch": (0, 6, 16, 1, 2),
-    "ViT": (1, 207, 64, 1, 10),
+    "ViT-B": (2, 5, 768, 1, 2),
+    "width 1536": (1, 3, 1536, 1, 1),
+    "many rows": (1, 207, 40, 1, 10),
+    "more prompt rows than are added up at once": (30, 36, 2, 1, 35),
 }
 by_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 
 
-def draw(
-    sizes: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", gate: float = 0.37
-) -> dict[str, Tensor]:
+def draw(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", gate: float = 0.37) -> dict[str, Tensor]:
     B, N, D, _, length = sizes
-    rows = {
-        name: torch.randn(B, n, D).to(device, dtype)
-        for name, n in (("x", N), ("delta", N), ("prompt_in", length))
-    }
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {**rows, "gate": torch.tensor([gate], dtype=wide, device=device)}
+    rows = {"x": torch.randn(B, N, D), "delta": torch.randn(B, N, D), "prompt_in": torch.randn(B, length, D)}
+    return {
+        **{name: t.to(device, dtype) for name, t in rows.items()},
+        "gate": torch.tensor([gate], dtype=wide, device=device),
+    }
 
 
-def plain(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int) -> Tensor:
+def affine(D: int, device: str = "cpu") -> Norm:
+    return Norm((torch.randn(D) + 1).to(device), torch.randn(D, device=device), EPS)
+
+
+def plain(
+    x: Tensor,
+    delta: Tensor,
+    prompt_in: Tensor,
+    gate: Tensor,
+    start: int,
+    length: int,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """The formula in plain PyTorch, in the inputs' dtype."""
     y = x + delta
     gate = gate.to(x.dtype)
     rows = gate * y[:, start : start + length] + (1 - gate) * prompt_in
-    return torch.cat((y[:, :start], rows, y[:, start + length :]), 1)
+    y = torch.cat((y[:, :start], rows, y[:, start + length :]), 1)
+    if norm is None:
+        return y, None
+    weight, bias = (t if t is None else t.to(x.dtype) for t in norm[:2])
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, norm.eps)
 
 
-def by_hand(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int) -> Tensor:
-    """A gated residual on the prompt rows, one row at a time."""
-    rows = list((x + delta).unbind(1))
-    for i in range(length):
-        before = prompt_in[:, i]
-        rows[start + i] = before + gate.squeeze() * (rows[start + i] - before)
-    return torch.stack(rows, 1)
+def at(function: Callable[..., Any], sizes: Sizes, norm: Norm | None) -> Callable[..., Any]:
+    return partial(function, start=sizes[3], length=sizes[4], norm=norm)
 
 
-def assert_exact(inputs: Inputs, start: int, length: int, given: Inputs | None = None) -> None:
-    functions = (partial(f, start=start, length=length) for f in (gated_blend, plain, gated_blend_reference))
-    prompt_in = inputs["prompt_in"]
-    assert prompt_in is not None
-    assert_as_exact_as_eager(*functions, inputs, {"gate": tuple(prompt_in.shape)}, given)
+def oracle(inputs: Inputs, sizes: Sizes, norm: Norm | None, **options: Any) -> Oracle:
+    return Oracle(at(plain, sizes, norm), inputs, exact=at(gated_blend_reference, sizes, norm), **options)
+
+
+def assert_exact(inputs: Inputs, sizes: Sizes, norm: Norm | None, given: Inputs | None = None) -> None:
+    oracle(inputs, sizes, norm)(at(gated_blend, sizes, norm), given)
 
 
 @by_size
-def test_reference_is_a_gated_residual(sizes: tuple[int, ...]) -> None:
-    inputs = draw(sizes, torch.float64)
-    cotangent = torch.randn(sizes[:3], dtype=torch.float64)
-    results = [
-        evaluate(
-            partial(f, start=sizes[3], length=sizes[4]),
-            inputs,
-            cotangent,
-            {"x", "delta"} if sizes[4] == 0 else None,
-        )
-        for f in (gated_blend_reference, by_hand)
-    ]
-    assert_close(*results, 1e-13)
+def test_reference_is_a_gated_residual(sizes: Sizes) -> None:
+    inputs, norm = draw(sizes, torch.float64), affine(sizes[2])
+    y, normed = gated_blend_reference(**inputs, start=sizes[3], length=sizes[4], norm=norm)
+    rows = list((inputs["x"] + inputs["delta"]).unbind(1))
+    for i in range(sizes[4]):
+        before = inputs["prompt_in"][:, i]
+        rows[sizes[3] + i] = before + inputs["gate"] * (rows[sizes[3] + i] - before)
+    assert_same(y, torch.stack(rows, 1))
+    deviation = y - y.mean(-1, keepdim=True)
+    unit = deviation / (deviation.square().mean(-1, keepdim=True) + EPS).sqrt()
+    assert_same(normed, unit * norm.weight + norm.bias)  # type: ignore[operator]
 
 
 @by_dtype
 @by_size
-def test_output_and_gradients(backend: str, device: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_exact(draw(sizes, dtype, device), *sizes[3:])
+@by_norm
+def test_outputs_and_gradients(
+    backend: str, device: str, sizes: Sizes, dtype: torch.dtype, norm: bool
+) -> None:
+    assert_exact(draw(sizes, dtype, device), sizes, affine(sizes[2], device) if norm else None)
 
 
-@by_dtype
+@pytest.mark.parametrize("names", [(), ("weight",), ("bias",)], ids=["neither", "weight", "bias"])
+def test_norm_without_weight_or_bias(
+    backend: str, device: str, widest: torch.dtype, names: tuple[str, ...]
+) -> None:
+    whole = affine(8, device)._asdict()
+    norm = Norm(*(whole[name] if name in names else None for name in ("weight", "bias")), EPS)  # type: ignore[misc]
+    assert_exact(draw(SMALL, widest, device), SMALL, norm)
+
+
 @by_layout
+@by_norm
 def test_strides_do_not_matter(
-    backend: str, device: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+    backend: str, device: str, widest: torch.dtype, layout: Callable[[Tensor], Tensor], norm: bool
 ) -> None:
-    inputs = draw((3, 9, 24, 2, 3), dtype, device)
+    sizes = (3, 9, 24, 2, 3)
+    inputs = draw(sizes, widest, device)
     laid_out = {n: x if n == "gate" else layout(x[:, :, None])[:, :, 0] for n, x in inputs.items()}
-    assert_exact({n: x.contiguous() for n, x in laid_out.items()}, 2, 3, given=laid_out)
+    same = {n: x.contiguous() for n, x in laid_out.items()}
+    *weights, eps = affine(24, device)
+    strided = Norm(*(torch.stack([t, t * torch.nan], 1)[:, 0] for t in weights), eps)  # type: ignore[union-attr, operator]
+    cotangents = [layout(torch.randn(3, 9, 1, 24, device=device))[:, :, 0] for _ in range(1 + norm)]
+    judge = oracle(same, sizes, strided if norm else None, cotangents=cotangents)
+    judge(at(gated_blend, sizes, strided if norm else None), laid_out)
 
 
-@by_layout
-def test_strides_of_the_incoming_gradient_do_not_matter(
-    backend: str, device: str, widest: torch.dtype, layout: Callable[[Tensor], Tensor]
-) -> None:
-    inputs = draw((3, 9, 24, 2, 3), widest, device)
-    cotangent = layout(torch.randn(3, 9, 1, 24, dtype=widest, device=device))[:, :, 0]
-    functions = (partial(f, start=2, length=3) for f in (gated_blend, gated_blend_reference))
-    assert_close(*(evaluate(f, inputs, cotangent) for f in functions))
+@pytest.mark.parametrize("read", [0, 1], ids=["y only", "the norm only"])
+def test_one_output_may_not_be_read(backend: str, device: str, widest: torch.dtype, read: int) -> None:
+    norm = affine(8, device)
+    functions = [
+        lambda f=f, **inputs: at(f, SMALL, norm)(**inputs)[read]
+        for f in (plain, gated_blend_reference, gated_blend)
+    ]
+    Oracle(functions[0], draw(SMALL, widest, device), exact=functions[1])(functions[2])
 
 
 @pytest.mark.parametrize("name", backends_of(OPERATION))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30 if "CI" in os.environ else 8, deadline=None, derandomize=True)
 @given(
     before=st.integers(0, 5),
     length=st.integers(0, 5),
@@ -135,6 +159,7 @@ def test_strides_of_the_incoming_gradient_do_not_matter(
     D=st.integers(1, 70),
     dtype=st.sampled_from(FLOATS),
     gate=st.floats(0, 1, width=32),
+    norm=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_sizes(
@@ -146,95 +171,251 @@ def test_any_sizes(
     D: int,
     dtype: torch.dtype,
     gate: float,
+    norm: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
-    assume(dispatch.why_not(OPERATION, name, torch.empty(1, 1, 1, dtype=dtype, device=device)) is None)
+    probe = (torch.empty(1, 1, 1, dtype=dtype, device=device), *(None,) * 8)
+    if dispatch.why_not(OPERATION, name, *probe) is not None:
+        return
     with dispatch.use_backend(name):
-        N = before + length + after
-        assert_exact(draw((B, N, D, before, length), dtype, device, gate), before, length)
+        sizes = (B, before + length + after, D, before, length)
+        assert_exact(draw(sizes, dtype, device, gate), sizes, affine(D, device) if norm else None)
 
 
 @by_dtype
-def test_gate_of_zero_gives_the_rows_that_entered(backend: str, device: str, dtype: torch.dtype) -> None:
+def test_gates_of_zero_and_one_give_the_rows_that_entered_and_the_residual_add(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
     inputs = draw((2, 12, 24, 1, 4), dtype, device, gate=0.0)
-    out = gated_blend(**inputs, start=1, length=4)
+    total = inputs["x"] + inputs["delta"]
+    out, _ = gated_blend(**inputs, start=1, length=4)
     assert torch.equal(out[:, 1:5], inputs["prompt_in"])
-    assert torch.equal(out[:, 5:], (inputs["x"] + inputs["delta"])[:, 5:])
+    assert torch.equal(out[:, 5:], total[:, 5:])
+    out, _ = gated_blend(**{**inputs, "gate": torch.ones_like(inputs["gate"])}, start=1, length=4)
+    assert torch.equal(out, total)
 
 
-@by_dtype
-def test_gate_of_one_gives_the_residual_add(backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = draw((2, 12, 24, 1, 4), dtype, device, gate=1.0)
-    assert torch.equal(gated_blend(**inputs, start=1, length=4), inputs["x"] + inputs["delta"])
-
-
+@by_norm
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_gate_keeps_its_shape_and_dtype_in_the_gradient(
-    backend: str, device: str, shape: tuple[int, ...], gate_dtype: torch.dtype
+def test_gate_of_any_shape_and_dtype(
+    backend: str, device: str, shape: tuple[int, ...], gate_dtype: torch.dtype, norm: bool
 ) -> None:
-    inputs = draw((2, 5, 8, 1, 2), torch.float32, device)
-    gate = torch.full(shape, 0.25, dtype=gate_dtype, device=device, requires_grad=True)
-    gated_blend(**{**inputs, "gate": gate}, start=1, length=2).square().sum().backward()
-    assert gate.grad is not None
-    assert (gate.grad.shape, gate.grad.dtype) == (gate.shape, gate.dtype)
-
-
-def test_nan_in_a_prompt_row_stays_in_that_row(backend: str, device: str) -> None:
-    inputs = draw((2, 6, 8, 1, 3), torch.float32, device)
-    inputs["prompt_in"][1, 2] = torch.nan
-    out = gated_blend(**inputs, start=1, length=3)
-    assert out[1, 3].isnan().all()
-    out[1, 3] = 0
-    assert out.isfinite().all()
-
-
-SUBSETS = [set(names) for size in range(1, 5) for names in combinations(TENSORS, size)]
-
-
-@pytest.mark.parametrize("trainable", SUBSETS, ids=["+".join(sorted(names)) for names in SUBSETS])
-def test_each_subset_of_inputs_gets_its_gradients_and_no_others(
-    backend: str, device: str, widest: torch.dtype, trainable: set[str]
-) -> None:
-    inputs = draw((2, 6, 8, 1, 3), widest, device)
-    cotangent = torch.randn(2, 6, 8, dtype=widest, device=device)
-    functions = (partial(f, start=1, length=3) for f in (gated_blend, gated_blend_reference))
-    assert_close(*(evaluate(f, inputs, cotangent, trainable) for f in functions))
-
-
-def test_gradients_of_x_and_delta_are_separate_tensors(backend: str, device: str) -> None:
-    inputs = {n: x.requires_grad_() for n, x in draw((2, 6, 8, 1, 3), torch.float32, device).items()}
-    gated_blend(**inputs, start=1, length=3).sum().backward()
-    x, delta = inputs["x"].grad, inputs["delta"].grad
-    assert x is not None
-    assert delta is not None
-    kept = delta.clone()
-    x.zero_()
-    assert torch.equal(delta, kept)
-
-
-def test_only_a_trained_gate_keeps_rows_for_the_backward(backend: str, device: str) -> None:
-    inputs = draw((2, 50, 32, 1, 3), torch.float32, device)
-    inputs["prompt_in"].requires_grad_()
-    inputs["x"].requires_grad_()
-    assert saved_bytes(lambda: gated_blend(**inputs, start=1, length=3)) == 4
-    inputs["gate"].requires_grad_()
-    assert (
-        saved_bytes(lambda: gated_blend(**inputs, start=1, length=3)) == 4 + inputs["prompt_in"].numel() * 4
+    gate = torch.full(shape, 0.25, dtype=gate_dtype, device=device)
+    assert_exact(
+        {**draw(SMALL, torch.float32, device), "gate": gate}, SMALL, affine(8, device) if norm else None
     )
 
 
+def test_nan_in_a_prompt_row_stays_in_that_row(backend: str, device: str) -> None:
+    inputs = draw(SMALL, torch.float32, device)
+    inputs["prompt_in"][1, 2] = torch.nan
+    for out in at(gated_blend, SMALL, affine(8, device))(**inputs):
+        assert out[1, 3].isnan().all()
+        out[1, 3] = 0
+        assert out.isfinite().all()
+
+
+SUBSETS = ["x", "delta", "prompt_in", "gate", "delta gate", "prompt_in gate", "x prompt_in", "x delta gate"]
+
+
+@by_norm
+@pytest.mark.parametrize("names", SUBSETS)
+def test_each_subset_of_inputs_gets_its_gradients(
+    backend: str, device: str, widest: torch.dtype, names: str, norm: bool
+) -> None:
+    affine_or_none = affine(8, device) if norm else None
+    judge = oracle(draw(SMALL, widest, device), SMALL, affine_or_none, trainable=names.split())
+    judge(at(gated_blend, SMALL, affine_or_none))
+
+
+@by_norm
+def test_gradients_of_x_and_delta_are_separate_tensors(backend: str, device: str, norm: bool) -> None:
+    inputs = {n: x.requires_grad_() for n, x in draw(SMALL, torch.float32, device).items()}
+    at(gated_blend, SMALL, affine(8, device) if norm else None)(**inputs)[int(norm)].sum().backward()
+    x, delta = inputs["x"].grad, inputs["delta"].grad
+    kept = delta.clone()  # type: ignore[union-attr]
+    x.zero_()  # type: ignore[union-attr]
+    assert torch.equal(delta, kept)  # type: ignore[arg-type]
+
+
+def test_keeps_prompt_rows_only_for_the_gate_and_y_only_for_the_norm(backend: str, device: str) -> None:
+    sizes = B, N, D, start, length = (2, 50, 32, 1, 3)
+    inputs = draw(sizes, torch.float32, device)
+    inputs["x"].requires_grad_()
+
+    def kept(norm: Norm | None) -> int:
+        return saved_bytes(lambda: at(gated_blend, sizes, norm)(**inputs)[0])
+
+    of_norm = 4 * (B * N * D + 2 * B * N + D)  # y, mean, rstd, weight
+    assert (kept(None), kept(affine(D, device))) == (4, 4 + of_norm)
+    inputs["gate"].requires_grad_()
+    of_gate = 4 + 4 * B * length * D
+    assert (kept(None), kept(affine(D, device))) == (of_gate, of_gate + of_norm)
+
+
 def test_inputs_are_left_alone(backend: str, device: str) -> None:
-    inputs = draw((2, 6, 8, 1, 3), torch.float32, device)
-    before = {name: x.clone() for name, x in inputs.items()}
-    evaluate(partial(gated_blend, start=1, length=3), inputs, torch.randn(2, 6, 8, device=device))
-    assert all(torch.equal(x, before[name]) for name, x in inputs.items())
+    inputs, norm = draw(SMALL, torch.float32, device), affine(8, device)
+    tensors = [*inputs.values(), *norm[:2]]
+    before = [t.clone() for t in tensors]  # type: ignore[union-attr]
+    cotangents = [torch.randn(2, 6, 8, device=device) for _ in range(2)]
+    evaluate(at(gated_blend, SMALL, norm), inputs, cotangents)
+    assert all(map(torch.equal, tensors, before))
+
+
+# The norm --------------------------------------------------------------------------------------------------------
+
+
+def test_y_is_the_same_with_and_without_a_norm(backend: str, device: str, widest: torch.dtype) -> None:
+    inputs = draw((2, 12, 24, 1, 4), widest, device)
+    alone, none = gated_blend(**inputs, start=1, length=4)
+    assert none is None
+    assert torch.equal(gated_blend(**inputs, start=1, length=4, norm=Norm(None, None, EPS))[0], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_norm_reads_y_as_rounded(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Rows whose differences vanish in the rounding of a large mean: their norm is the bias."""
+    x = torch.full((1, 2, 8), 2.0**11, device=device, dtype=dtype)
+    delta = (torch.rand(1, 2, 8, device=device) * torch.finfo(dtype).eps * 2**9).to(dtype)
+    norm = affine(8, device)
+    y, normed = gated_blend(x, delta, x[:, :0], torch.ones(1, device=device), 0, 0, norm=norm)
+    assert torch.equal(y, x)
+    assert torch.equal(normed, norm.bias.to(dtype).expand_as(normed))  # type: ignore[union-attr, arg-type]
+
+
+def test_a_large_mean_costs_no_digits_of_the_variance(backend: str, device: str) -> None:
+    inputs = draw((2, 3, 96, 1, 1), torch.float32, device)
+    inputs["x"] += 300
+    oracle(inputs, (2, 3, 96, 1, 1), Norm(None, None, EPS))(
+        at(gated_blend, (2, 3, 96, 1, 1), Norm(None, None, EPS))
+    )
+
+
+def test_gradient_of_the_gate_is_the_same_bits_in_every_run(backend: str, device: str) -> None:
+    sizes = (4, 40, 48, 1, 30)
+    inputs, norm = draw(sizes, torch.float32, device), affine(48, device)
+    cotangents = [torch.randn(4, 40, 48, device=device) for _ in range(2)]
+    runs = [evaluate(at(gated_blend, sizes, norm), inputs, cotangents) for _ in range(2)]
+    assert torch.equal(*(run["gradient of gate"] for run in runs))
+
+
+# The operator ----------------------------------------------------------------------------------------------------
+
+
+def arguments(norm: bool, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """What the operator takes, without the backend."""
+    inputs = draw((2, 5, 6, 1, 2), dtype)
+    *weights, eps = affine(6)
+    of_norm = (*(t.to(dtype) for t in weights), eps) if norm else (None, None, None)  # type: ignore[union-attr]
+    return (*(t.requires_grad_() for t in inputs.values()), 1, 2, *of_norm)
+
+
+def run(*inputs: Any) -> tuple[Tensor, ...]:
+    """The operation on what the operator takes; the outputs that there are."""
+    *blend, weight, bias, eps = inputs
+    outputs = gated_blend(*blend, norm=None if eps is None else Norm(weight, bias, eps))
+    return tuple(t for t in outputs if t is not None)
+
+
+@by_norm
+@pytest.mark.parametrize("frozen_gate", [False, True], ids=["all train", "frozen gate"])
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_opcheck(norm: bool, frozen_gate: bool, name: str) -> None:
+    x, delta, prompt_in, gate, *rest = arguments(norm, torch.float32)
+    gate = gate.detach() if frozen_gate else gate
+    torch.library.opcheck(OPS.gated_blend.default, (x, delta, prompt_in, gate, *rest, name))
+
+
+@pytest.mark.parametrize("kind", ["blend", "blend and norm", "norm"])
+def test_opcheck_of_the_gradient(kind: str) -> None:
+    inputs = [t.detach() if isinstance(t, Tensor) else t for t in arguments("norm" in kind)]
+    y, normed, mean, rstd = OPS.gated_blend(*inputs, "auto")
+    of_norm = (torch.randn_like(y), y, mean, rstd, inputs[6]) if "norm" in kind else (None,) * 5
+    blend = (inputs[3], torch.randn(2, 2, 6, dtype=y.dtype), 1, 2) if "blend" in kind else (None, None, 0, 0)
+    needs = [True, "blend" in kind, "blend" in kind]
+    torch.library.opcheck(
+        OPS.gated_blend_backward.default,
+        (torch.randn_like(y), *of_norm, *blend, needs, "auto"),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@by_norm
+def test_gradcheck(norm: bool) -> None:
+    *tensors, start, length, weight, bias, eps = arguments(norm)
+    assert torch.autograd.gradcheck(lambda *t: run(*t, start, length, weight, bias, eps), tensors)
+
+
+@by_norm
+def test_second_derivative_is_refused_and_names_the_reference(norm: bool) -> None:
+    inputs = arguments(norm)
+    out = torch.stack(run(*inputs)).square().sum()
+    (first,) = torch.autograd.grad(out, inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"gated_blend_backward.*reference"):
+        first.square().sum().backward()
+
+
+@by_norm
+def test_compiles_to_one_graph_with_equal_gradients(fresh_compiler: None, norm: bool) -> None:
+    *tensors, start, length, weight, bias, eps = arguments(norm)
+
+    def function(*t: Tensor) -> Tensor:
+        return torch.stack(run(*t, start, length, weight, bias, eps))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, want = (
+        (f(*tensors), *torch.autograd.grad(f(*tensors).square().sum(), tensors)) for f in (compiled, function)
+    )
+    assert_same(got, want)
+
+
+@by_norm
+def test_exports_with_a_dynamic_batch(norm: bool) -> None:
+    class Blend(torch.nn.Module):
+        def forward(self, x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor) -> Any:
+            return run(x, delta, prompt_in, gate, *rest)
+
+    inputs, other = ([t.detach() for t in arguments(norm)[:4]] for _ in range(2))
+    rest = arguments(norm)[4:]
+    batch = torch.export.Dim("batch", min=2)
+    dynamic = ({0: batch}, {0: batch}, {0: batch}, None)
+    program = torch.export.export(Blend(), tuple(inputs), dynamic_shapes=dynamic)
+    larger = [torch.cat([t, t, t]) if t.ndim == 3 else t for t in other]
+    assert_same(program.module()(*larger), run(*larger, *rest))
+
+
+@by_norm
+def test_vmap_is_a_loop(norm: bool) -> None:
+    x, delta, prompt_in, _, *rest = (t.detach() if isinstance(t, Tensor) else t for t in arguments(norm))
+    gates = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def function(gate: Tensor) -> Tensor:
+        return torch.stack(run(x, delta, prompt_in, gate, *rest))
+
+    assert_same(torch.func.vmap(function)(gates), torch.stack([function(g) for g in gates]))
+
+
+@by_norm
+def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate(norm: bool) -> None:
+    inputs = draw((2, 5, 6, 1, 2), torch.float32, gate=0.5003)  # 0.5 in bfloat16
+    low = {**inputs, "delta": inputs["delta"].bfloat16()}
+    low["delta"].requires_grad_()
+    low["gate"].requires_grad_()
+    function = at(gated_blend, (2, 5, 6, 1, 2), affine(6) if norm else None)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = [t for t in function(**low) if t is not None]
+        sum(t.sum() for t in out).backward()  # type: ignore[union-attr]
+    want = [t for t in function(**{**low, "delta": low["delta"].float()}) if t is not None]
+    assert all(got.dtype == torch.float32 and torch.equal(got, w) for got, w in zip(out, want, strict=True))
+    assert (low["delta"].grad.dtype, low["gate"].grad.dtype) == (torch.bfloat16, torch.float32)  # type: ignore[union-attr]
 
 
 # What it refuses -------------------------------------------------------------------------------------------------
 
+ONES = torch.ones(8)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x of two dimensions": ({"x": torch.ones(6, 8)}, ValueError, r"\(6, 8\)"),
     "delta of another size": ({"delta": torch.ones(2, 5, 8)}, ValueError, r"\(2, 5, 8\)"),
@@ -248,7 +429,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "delta of another dtype": (
         {"delta": torch.ones(2, 6, 8).double()},
         TypeError,
-        "`delta` is torch.float64",
+        "`gated_blend`: `delta` is torch.float64",
     ),
     "prompts of another dtype": (
         {"prompt_in": torch.ones(2, 3, 8).half()},
@@ -271,6 +452,22 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "`x` must be floating point; got torch.int32",
     ),
     "an unknown backend": ({"backend": "tpu"}, ValueError, "'tpu'"),
+    "a weight of another width": (
+        {"norm": Norm(torch.ones(7), None, EPS)},
+        ValueError,
+        r"`norm.weight`.*\[8\].*\(7,\)",
+    ),
+    "an integer bias": ({"norm": Norm(None, ONES.int(), EPS)}, ValueError, "`norm.bias`.*int32"),
+    "a bias on another device": (
+        {"norm": Norm(None, ONES.to("meta"), EPS)},
+        ValueError,
+        "`norm.bias` is on meta",
+    ),
+    "a trained weight": (
+        {"norm": Norm(torch.ones(8, requires_grad=True), None, EPS)},
+        NotImplementedError,
+        "`norm.weight`.*detach.*layer_norm",
+    ),
 }
 
 
@@ -278,6 +475,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_bad_input_is_refused_with_its_value(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    arguments = {**draw((2, 6, 8, 1, 3), torch.float32), "start": 1, "length": 3}
+    arguments = {**draw(SMALL, torch.float32), "start": 1, "length": 3}
     with pytest.raises(error, match=message):
         gated_blend(**{**arguments, **changes})
+
+
+def test_a_trained_weight_is_accepted_without_gradients() -> None:
+    inputs, (weight, bias, eps) = draw(SMALL, torch.float64), affine(8)
+    norm = Norm(weight.requires_grad_(), bias, eps)  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert_same(at(gated_blend, SMALL, norm)(**inputs), at(gated_blend_reference, SMALL, norm)(**inputs))

@@ -1,4 +1,7 @@
-"""The operators as PyTorch sees them: opcheck, gradcheck, compile, export, vmap."""
+"""The operators as PyTorch sees them: opcheck, gradcheck, compile, export, vmap.
+
+Those of the blend and of folded cross-attention are in the files of these operations.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import KINDS, Shape, draw
-from numerics import evaluate
 from torch import Tensor, nn
 
+from bench.correctness import assert_same, evaluate
 from fastprompt import use_backend
 from fastprompt.ops import (
     AttentionWeights,
-    FoldedPrompts,
-    folded_cross_attention,
     gated_blend,
     packed_prompt_attention,
     prompt_attention,
@@ -32,27 +33,13 @@ WITHOUT = (
 OPS = torch.ops.fastprompt
 
 
-def attention_arguments(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
+def attention_arguments(kind: str, dtype: torch.dtype = torch.float64, **sizes: int) -> dict[str, Any]:
     return draw(Shape(**{"B": 2, "Nq": 3, "N": 4, "P": 2, "H": 2, "d": 8, **sizes}, kind=kind), dtype)
 
 
-def packed_arguments(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def packed_arguments(kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     inputs = attention_arguments(kind, dtype, Nq=3, N=3)
     return {"qkv": torch.stack([inputs.pop(name) for name in "qkv"], 2), **inputs}
-
-
-def blend_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    return (
-        torch.randn(2, 5, 6, dtype=dtype),
-        torch.randn(2, 5, 6, dtype=dtype),
-        torch.randn(2, 2, 6, dtype=dtype),
-        (torch.tensor([0.3], dtype=dtype)),
-    )
-
-
-def folded_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    shapes = ((2, 5, 6), (3, 4, 6), (3, 4), (3, 4, 6), (6,))
-    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
 
 
 def trained(x: Any) -> Any:
@@ -89,24 +76,6 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         )
         for kind in KINDS
     },
-    "blend": lambda: (OPS.gated_blend.default, (*map(trained, blend_arguments()), 1, 2, "auto")),
-    "blend, eager": lambda: (OPS.gated_blend.default, (*map(trained, blend_arguments()), 1, 2, "eager")),
-    "blend, frozen gate": lambda: (
-        OPS.gated_blend.default,
-        (*map(trained, blend_arguments()[:3]), torch.ones(()), 1, 2, "auto"),
-    ),
-    "folded": lambda: (
-        OPS.folded_cross_attention.default,
-        (*map(trained, folded_arguments()), False, True, "auto"),
-    ),
-    "folded, residual, no bias": lambda: (
-        OPS.folded_cross_attention.default,
-        (*map(trained, folded_arguments()[:4]), None, True, True, "auto"),
-    ),
-    "folded, nothing trains": lambda: (
-        OPS.folded_cross_attention.default,
-        (*folded_arguments(), True, False, "auto"),
-    ),
 }
 
 
@@ -137,15 +106,6 @@ def test_gradcheck_of_attention(backend: str, kind: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(map(trained, inputs.values())))
 
 
-def test_gradcheck_of_blend_and_folded() -> None:
-    blend = partial(gated_blend, start=1, length=2)
-    assert torch.autograd.gradcheck(blend, tuple(map(trained, blend_arguments(torch.float64))))
-    inputs = tuple(map(trained, folded_arguments(torch.float64)))
-    assert torch.autograd.gradcheck(
-        lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded))[0], inputs
-    )
-
-
 def test_gradcheck_of_packed_attention() -> None:
     inputs = packed_arguments("shared", torch.float64)
     inputs.pop("prompt_index")
@@ -165,8 +125,6 @@ SECOND = {
         lambda *t: prompt_attention(*t[:5], temperature=t[5]),
         lambda: [*attention_arguments("shared").values()][:6],
     ),
-    "blend": (partial(gated_blend, start=1, length=2), blend_arguments),
-    "folded": (lambda x, *folded: folded_cross_attention(x, FoldedPrompts(*folded))[0], folded_arguments),
 }
 
 
@@ -203,7 +161,7 @@ def gated_step(
 
 def step_inputs(B: int = 2) -> list[Tensor]:
     shapes = ((B, 5, 2, 4), (B, 5, 2, 4), (B, 5, 2, 4), (3, 2, 4), (1,), (1,), (8, 8))
-    return [trained(torch.rand(shape) + 0.1) for shape in shapes]
+    return [trained(torch.rand(shape, dtype=torch.float64) + 0.1) for shape in shapes]
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -214,8 +172,7 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Ten
 def test_compiles_to_one_graph_with_equal_gradients(fresh_compiler: None) -> None:
     inputs = step_inputs()
     compiled = torch.compile(gated_step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(gradients(compiled, inputs), gradients(gated_step, inputs), strict=True):
-        torch.testing.assert_close(got, want)
+    assert_same(gradients(compiled, inputs), gradients(gated_step, inputs))
 
 
 @pytest.mark.slow
@@ -224,20 +181,20 @@ def test_compiles_with_inductor(fresh_compiler: None) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, temperature: Tensor) -> Tensor:
         return prompt_attention(q, k, v, prompts, prompts, temperature=temperature) + q
 
-    inputs = [*step_inputs()[:4], trained(torch.ones(1))]
+    inputs = [*step_inputs()[:4], trained(torch.ones(1, dtype=torch.float64))]
     compiled = torch.compile(function, fullgraph=True)
-    for got, want in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
-        torch.testing.assert_close(got, want)
+    assert_same(gradients(compiled, inputs), gradients(function, inputs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_with_only_prompts_training(fresh_compiler: None, kind: str) -> None:
     inputs = attention_arguments(kind)
     compiled = torch.compile(lambda **kw: prompt_attention(**kw), fullgraph=True, backend="aot_eager")
-    cotangent = torch.randn(2, 3, 2, 8)
-    want = evaluate(prompt_attention, inputs, cotangent, {"prompt_k", "prompt_v"})
-    for name, got in evaluate(compiled, inputs, cotangent, {"prompt_k", "prompt_v"}).items():
-        torch.testing.assert_close(got, want[name])
+    cotangent = torch.randn(2, 3, 2, 8, dtype=torch.float64)
+    got, want = (
+        evaluate(f, inputs, cotangent, {"prompt_k", "prompt_v"}) for f in (compiled, prompt_attention)
+    )
+    assert_same(got, want)
 
 
 def test_compiles_once_for_all_batch_sizes(fresh_compiler: None) -> None:
@@ -271,7 +228,7 @@ def test_exports_with_a_dynamic_batch(kind: str) -> None:
     if kind == "table":
         other = {**other, "prompt_k": inputs["prompt_k"], "prompt_v": inputs["prompt_v"]}
         other["prompt_index"] = torch.randint(5, (7,))
-    torch.testing.assert_close(program.module()(other), prompt_attention(**other))
+    assert_same(program.module()(other), prompt_attention(**other))
 
 
 def test_exports_all_operations() -> None:
@@ -281,7 +238,7 @@ def test_exports_all_operations() -> None:
 
     inputs = tuple(x.detach() for x in step_inputs())
     program = torch.export.export(Step(), inputs)
-    torch.testing.assert_close(program.module()(*inputs), gated_step(*inputs))
+    assert_same(program.module()(*inputs), gated_step(*inputs))
 
 
 # vmap -----------------------------------------------------------------------------------------------------------------
@@ -300,9 +257,7 @@ def test_vmap_is_a_loop(name: str) -> None:
     def function(x: Tensor) -> Tensor:
         return prompt_attention(**{**inputs, name: x})
 
-    torch.testing.assert_close(
-        torch.func.vmap(function)(stacked), torch.stack([function(x) for x in stacked])
-    )
+    assert_same(torch.func.vmap(function)(stacked), torch.stack([function(x) for x in stacked]))
 
 
 @pytest.mark.parametrize("name", ["q", "prompt_k", "prompt_v", "temperature"])
@@ -318,7 +273,7 @@ def test_vmap_of_grad_is_for_the_references(name: str) -> None:
     got = torch.func.vmap(torch.func.grad(partial(loss, function=prompt_attention_reference)))(stacked)
     for x, gradient in zip(stacked, got, strict=True):
         x = x.clone().requires_grad_()
-        torch.testing.assert_close(gradient, torch.autograd.grad(loss(x), x)[0])
+        assert_same(gradient, torch.autograd.grad(loss(x), x)[0])
 
 
 def test_vmap_over_any_dimension_and_over_prompts_with_their_temperatures() -> None:
@@ -330,21 +285,4 @@ def test_vmap_over_any_dimension_and_over_prompts_with_their_temperatures() -> N
 
     got = torch.func.vmap(function, in_dims=(2, 0), out_dims=1)(prompt_k.movedim(0, 2), temperatures)
     want = torch.stack([function(k, t) for k, t in zip(prompt_k, temperatures, strict=True)], 1)
-    torch.testing.assert_close(got, want)
-
-
-def test_vmap_of_blend_and_folded_is_a_loop() -> None:
-    x, delta, prompt_in, _ = blend_arguments(torch.float64)
-    gates = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-
-    def blend(gate: Tensor) -> Tensor:
-        return gated_blend(x, delta, prompt_in, gate, 1, 2)[0]
-
-    torch.testing.assert_close(torch.func.vmap(blend)(gates), torch.stack([blend(g) for g in gates]))
-    rows, key, bias, value, out_bias = folded_arguments(torch.float64)
-    keys = torch.stack([key, key * 2])
-
-    def folded(key: Tensor) -> Tensor:
-        return folded_cross_attention(rows, FoldedPrompts(key, bias, value, out_bias))[0]
-
-    torch.testing.assert_close(torch.func.vmap(folded)(keys), torch.stack([folded(k) for k in keys]))
+    assert_same(got, want)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastprompt import PromptConfig, VPTConfig
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
 BAD: dict[str, dict[str, Any]] = {
     "negative prompts": {"num_prompts": -1},
@@ -44,6 +44,38 @@ def test_json_round_trip_keeps_every_field() -> None:
     assert VPTConfig.from_json(text) == config
     assert PromptConfig.from_json(text) == config
     assert VPTConfig.from_dict(config.to_dict()) == config
+
+
+# Written before `pool`, `dropout` and `backbone_train_mode` were fields of every method.
+WRITTEN = {
+    '{"method": "vpt", "num_prompts": 7, "deep": true, "blocks": 3, "pool": "image", "dropout": 0.25, '
+    '"shared_across_blocks": true, "project": 12, "backbone_train_mode": false}': VPTConfig(
+        7, blocks=3, pool="image", dropout=0.25, shared_across_blocks=True, project=12
+    ),
+    '{"method": "gate_vpt", "num_prompts": 2, "gate_init": 5.0, "num_gates": null, "temperature": true, '
+    '"temperature_range": [0.01, 10.0], "pool": "all", "dropout": 0.1, "backbone_train_mode": false}': (
+        GateVPTConfig(2, pool="all")
+    ),
+    '{"method": "cvpt", "num_prompts": 2, "insert": 4, "dropout": 0.0, "backbone_train_mode": true}': (
+        CVPTConfig(2, insert=4)
+    ),
+    '{"method": "da_vpt", "num_prompts": 2, "num_proxy_prompts": 3, "guided_blocks": [0, 1], '
+    '"prompt_norm": "l2", "pool": "backbone", "dropout": 0.0, "backbone_train_mode": true}': (
+        DAVPTConfig(2, 3, (0, 1), prompt_norm="l2")
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "config"), WRITTEN.items(), ids=lambda x: getattr(x, "method", ""))
+def test_json_of_earlier_versions_loads(text: str, config: PromptConfig) -> None:
+    assert PromptConfig.from_json(text) == config
+
+
+def test_each_method_keeps_its_own_defaults() -> None:
+    configs = (VPTConfig(1), GateVPTConfig(1), CVPTConfig(1), DAVPTConfig(1, 1, (0, 0)))
+    assert [c.dropout for c in configs] == [0.0, 0.1, 0.0, 0.0]
+    assert [c.backbone_train_mode for c in configs] == [False, False, True, True]
+    assert {c.pool for c in configs} == {"backbone"}
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_tokens_that_are_no_grid_are_refused() -> None:
         dynamic_feat_size = None  # type: ignore[assignment]
 
     model = fastprompt.get_prompt_model(vit(embed_layer=Gridless), VPTConfig(3))
-    with pytest.raises(NotImplementedError, match="Gridless says nothing of its grid"):
+    with pytest.raises(NotImplementedError, match="Gridless has no `dynamic_feat_size`"):
         as_encoder(model, 1)
 
     dropping = vit(patch_drop_rate=0.5)

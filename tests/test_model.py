@@ -15,10 +15,12 @@ from timm_families import CLASSES, DEPTH, images, small, vit
 from torch import nn
 
 import fastprompt
-from fastprompt import PromptOutput, VPTConfig
+from bench.correctness import assert_as_exact, assert_same
+from bench.papers import paper_model
+from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, PromptOutput, VPTConfig
 
 
-def build(config: VPTConfig | None = None, **kwargs: Any) -> Any:
+def build(config: PromptConfig | None = None, **kwargs: Any) -> Any:
     return fastprompt.get_prompt_model(vit(**kwargs).to(torch.float64), config or VPTConfig(3))
 
 
@@ -28,11 +30,9 @@ def test_calling_without_labels_returns_logits_and_with_labels_an_output() -> No
     assert logits.shape == (3, CLASSES)
     output = model(images(3), labels=torch.zeros(3, dtype=torch.long))
     assert isinstance(output, PromptOutput)
-    torch.testing.assert_close(output.logits, logits)
+    assert torch.equal(output.logits, logits)
     assert output.method_loss.shape == ()
     assert output.method_loss == 0
-    with pytest.raises(ValueError, match=re.escape("(3,); got (2,)")):
-        model(images(3), labels=torch.zeros(2, dtype=torch.long))
 
 
 def test_only_prompts_and_head_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_weights_are_shared_and_state_dict_restores_everything() -> None:
     other = fastprompt.get_prompt_model(small("vit", seed=9), VPTConfig(3)).eval()
     assert not torch.allclose(other(images()), model(images()))
     other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other(images()), model(images()))
+    assert torch.equal(other(images()), model(images()))
 
 
 @pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
@@ -86,10 +86,10 @@ def test_copies_and_pickles_compute_the_same(config: VPTConfig) -> None:
     model = build(config).eval()
     expected = model(images())
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(clone(images()), expected)
+        assert torch.equal(clone(images()), expected)
         with torch.no_grad():
             clone.prompts[0].add_(1)
-        torch.testing.assert_close(model(images()), expected)
+        assert torch.equal(model(images()), expected)
 
 
 def test_works_after_replace_attention_and_the_other_way_round() -> None:
@@ -97,21 +97,18 @@ def test_works_after_replace_attention_and_the_other_way_round() -> None:
     expected = fastprompt.get_prompt_model(copy.deepcopy(base), VPTConfig(0)).eval()(images())
     assert len(fastprompt.replace_attention(base).replaced) == DEPTH
     model = fastprompt.get_prompt_model(base, VPTConfig(0)).eval()
-    torch.testing.assert_close(model(images()), expected)
+    assert_same(model(images()), expected)
     assert fastprompt.restore_attention(model) == DEPTH
-    torch.testing.assert_close(model(images()), expected)
+    assert_same(model(images()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_runs_in_other_dtypes_and_follows_to(dtype: torch.dtype) -> None:
-    model = build().eval()
-    expected = model(images())
-    model.to(dtype)
+    model = build().eval().to(dtype)
     assert model.prompts[0].dtype == dtype
-    logits = model(images(dtype=dtype))
-    assert logits.dtype == dtype
-    error = (logits - expected).abs().max()
-    assert error < 40 * torch.finfo(dtype).eps * expected.abs().max()
+    x, paper = images(dtype=dtype), paper_model(model)
+    with torch.no_grad():
+        assert_as_exact(model(x), paper(x), paper.double()(x.double()))
 
 
 def test_float32_prompts_train_on_a_bfloat16_backbone() -> None:
@@ -126,12 +123,12 @@ def test_float32_prompts_train_on_a_bfloat16_backbone() -> None:
 @pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "rope-mixed", "vit-qk-norm"])
 @pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
 def test_autocast_runs_and_keeps_gradients_in_float32(family: str, config: VPTConfig) -> None:
-    model = fastprompt.get_prompt_model(small(family, torch.float32), config)
-    exact = model(images(dtype=torch.float32))
+    model: Any = fastprompt.get_prompt_model(small(family, torch.float32), config)
+    x, paper = images(dtype=torch.float32), paper_model(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(images(dtype=torch.float32))
-    (logits - exact).abs().max().backward()
-    assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+        logits, plain = model(x), paper(x)
+    assert_as_exact(logits, plain, paper.double()(x.double()))
+    logits.sum().backward()
     assert model.prompts[0].grad.dtype == torch.float32
     assert model.prompts[0].grad.isfinite().all()
 
@@ -147,7 +144,7 @@ def test_folded_model_is_for_inference_and_says_so() -> None:
     with torch.no_grad():
         model.prompts[0].normal_()
     assert not torch.allclose(folded(images()), model(images())), "constants are as they were"
-    torch.testing.assert_close(model.fold()(images()), model(images()))
+    assert_same(model.fold()(images()), model(images()))
     assert folded.to(torch.float32)(images(dtype=torch.float32)).dtype == torch.float32
 
 
@@ -159,25 +156,145 @@ def test_folding_leaves_prompts_out_of_each_forward(monkeypatch: pytest.MonkeyPa
     folded(images())
 
 
-@pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
-@pytest.mark.parametrize("family", ["vit", "rope-mixed", "vit-avg-fc-norm"])
+# tests/methods/test_all_methods.py compiles every method on a class-token model.
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("vit-avg-fc-norm", VPTConfig(3)),
+        pytest.param("vit-avg-fc-norm", VPTConfig(3, deep=False), marks=pytest.mark.slow),
+        pytest.param("rope-mixed", VPTConfig(3), marks=pytest.mark.slow),
+        pytest.param("rope-mixed", VPTConfig(3, deep=False), marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_as_one_graph_with_gradients(family: str, config: VPTConfig) -> None:
     torch._dynamo.reset()
     model = fastprompt.get_prompt_model(small(family), config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(images())
     logits = compiled(images())
-    torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(
+    assert_same(logits, expected)
+    assert_same(
         torch.autograd.grad(logits.sum(), list(model.prompts)),
         torch.autograd.grad(expected.sum(), list(model.prompts)),
     )
 
 
-def test_exports_for_inference() -> None:
-    folded = build().fold()
+@pytest.mark.parametrize(
+    "config",
+    [
+        VPTConfig(3),
+        GateVPTConfig(3),
+        CVPTConfig(3),
+        DAVPTConfig(3, 4, (1, 1), mask_prompts=True, pool="all"),
+    ],
+    ids=["vpt", "gate-vpt", "cvpt", "da-vpt-masked"],
+)
+def test_exports_for_inference(config: PromptConfig) -> None:
+    folded = build(config).fold()
     program = torch.export.export(folded, (images(2),))
-    torch.testing.assert_close(program.module()(images(2)), folded(images(2)))
+    assert_same(program.module()(images(2)), folded(images(2)))
+
+
+@pytest.mark.parametrize("config", [GateVPTConfig(3), CVPTConfig(3), DAVPTConfig(3, 4, (1, 1))])
+def test_folded_models_can_be_copied_pickled_and_moved(config: PromptConfig) -> None:
+    folded = build(config).eval().fold()
+    logits = folded(images())
+    for clone in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert torch.equal(clone(images()), logits)
+        assert clone.state_dict().keys() == folded.state_dict().keys()
+    assert folded.to(torch.float32)(images(dtype=torch.float32)).dtype == torch.float32
+
+
+# Inputs that the model cannot take ------------------------------------------------------------------------------
+
+BAD_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
+    "no tensor": ([1.0], TypeError, "`images` must be a tensor [B, C, h, w]; got list"),
+    "one image": (torch.zeros(3, 32, 32), ValueError, "got (3, 32, 32); add the batch dimension"),
+    "bytes": (
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        TypeError,
+        "must be floating point; got torch.uint8",
+    ),
+    "other dtype": (
+        torch.zeros(2, 3, 32, 32),
+        TypeError,
+        "`images` are torch.float32 and the model torch.float64; convert them by `images.to(torch.float64)`",
+    ),
+    "other device": (
+        torch.zeros(2, 3, 32, 32, device="meta", dtype=torch.float64),
+        ValueError,
+        "`images` are on meta and the model on cpu; move them by `images.to('cpu')`",
+    ),
+    "channels last": (
+        torch.zeros(2, 32, 32, 3, dtype=torch.float64),
+        ValueError,
+        "must have 3 channels, [B, C, h, w]; got (2, 32, 32, 3)",
+    ),
+    "other size": (
+        torch.zeros(2, 3, 32, 40, dtype=torch.float64),
+        ValueError,
+        "must be 32x32 pixels; got 32x40; resize them, or build the timm model with img_size=(32, 40)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("x", "error", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+def test_wrong_images_are_refused_by_name(x: Any, error: type[Exception], message: str) -> None:
+    model = build()
+    calls = {
+        "PromptModel": model,
+        "FoldedPromptModel": model.fold(),
+        "forward_features": model.forward_features,
+        "forward_intermediates": model.forward_intermediates,
+    }
+    for caller, call in calls.items():
+        with pytest.raises(error, match=re.escape(f"`{caller}`: ") + ".*" + re.escape(message)):
+            call(x)
+
+
+def test_models_for_any_image_size_take_multiples_of_the_patch() -> None:
+    dynamic = build(dynamic_img_size=True)
+    assert dynamic(torch.randn(2, 3, 40, 24, dtype=torch.float64)).shape == (2, CLASSES)
+    with pytest.raises(
+        ValueError, match=re.escape("must be multiples of 8 and 8, the patch size; got 40x20")
+    ):
+        dynamic(torch.randn(2, 3, 40, 20, dtype=torch.float64))
+    padding = build(dynamic_img_size=True, dynamic_img_pad=True)
+    assert padding(torch.randn(2, 3, 40, 20, dtype=torch.float64)).shape == (2, CLASSES)
+
+
+BAD_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
+    "no tensor": ([0, 1], TypeError, "`labels` must be a tensor [B]; got list"),
+    "other batch": (torch.zeros(3, dtype=torch.long), ValueError, "must be [B] = (2,); got (3,)"),
+    "one-hot": (torch.zeros(2, CLASSES), ValueError, "must be [B] = (2,); got (2, 5)"),
+    "floats": (torch.zeros(2), TypeError, "must be int64 or int32; got torch.float32"),
+    "bytes": (torch.zeros(2, dtype=torch.uint8), TypeError, "must be int64 or int32; got torch.uint8"),
+    "other device": (
+        torch.zeros(2, dtype=torch.long, device="meta"),
+        ValueError,
+        "on meta and `images` on cpu",
+    ),
+    "too large": (torch.tensor([0, CLASSES]), ValueError, "must lie in 0..4, the model's classes; got 5"),
+    "negative": (torch.tensor([0, -1]), ValueError, "must lie in 0..4, the model's classes; got -1"),
+}
+
+
+@pytest.mark.parametrize("config", [VPTConfig(3), DAVPTConfig(3, 4, (1, 1))], ids=["vpt", "da-vpt"])
+@pytest.mark.parametrize(("labels", "error", "message"), BAD_LABELS.values(), ids=BAD_LABELS.keys())
+def test_wrong_labels_are_refused_by_name(
+    labels: Any, error: type[Exception], message: str, config: PromptConfig
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        build(config)(images(2), labels=labels)
+
+
+def test_tokens_and_block_indices_are_checked() -> None:
+    model = build()
+    with pytest.raises(ValueError, match=re.escape("`x` must be [B, N, D=48]; got (2, 48)")):
+        model.forward_head(torch.zeros(2, 48, dtype=torch.float64))
+    for indices in (0, 3, [], [2], ["a"]):
+        with pytest.raises(ValueError, match="`forward_intermediates`: `indices` must"):
+            model.forward_intermediates(images(), indices=indices)
 
 
 # Refusals: before anything is changed ---------------------------------------------------------------------------
@@ -194,7 +311,7 @@ def flags(model: nn.Module) -> list[bool]:
 def test_unsupported_models_are_refused_unchanged() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224")
     before = flags(swin)
-    with pytest.raises(NotImplementedError, match=r"SwinTransformer: attention within windows"):
+    with pytest.raises(NotImplementedError, match="SwinTransformer: attention within windows of a pyramid"):
         fastprompt.get_prompt_model(swin, VPTConfig(3))
     assert flags(swin) == before
     with pytest.raises(NotImplementedError, match="Subclass: a subclass"):
@@ -210,7 +327,7 @@ def test_unsupported_models_are_refused_unchanged() -> None:
 def test_one_odd_block_is_refused_with_its_place() -> None:
     base: Any = vit()
     base.blocks[1].attn.qkv = nn.Sequential(base.blocks[1].attn.qkv)
-    with pytest.raises(NotImplementedError, match=r"blocks\.1: .*Sequential is not a plain torch.nn.Linear"):
+    with pytest.raises(NotImplementedError, match=r"blocks\.1: .*Sequential is not a plain"):
         fastprompt.get_prompt_model(base, VPTConfig(3))
     assert all(flags(base))
 

@@ -11,6 +11,7 @@ from timm_families import CLASSES, PROMPTABLE, images, small
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
 METHODS: dict[str, PromptConfig] = {
@@ -59,10 +60,8 @@ def test_trains_on_the_family_or_says_why_not(method: str, family: str) -> None:
     model.eval()
     with torch.no_grad():
         logits = model(x)
-        torch.testing.assert_close(
-            model.forward_head(model.forward_features(x)), logits, rtol=1e-10, atol=1e-10
-        )
-        torch.testing.assert_close(model.fold()(x), logits, rtol=1e-10, atol=1e-10)
+        assert_same(model.forward_head(model.forward_features(x)), logits)
+        assert_same(model.fold()(x), logits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,23 +80,29 @@ def test_state_dict_restores_the_method(method: str) -> None:
     model = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
     other = fastprompt.get_prompt_model(small("vit", seed=3), METHODS[method]).eval()
     other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other(images()), model(images()))
+    assert torch.equal(other(images()), model(images()))
+
+
+def gradients(model: Any, function: Any) -> list[torch.Tensor]:
+    output = function(images(), labels=torch.arange(2))
+    loss = output.logits.square().sum() + output.method_loss
+    return [output.logits, *torch.autograd.grad(loss, list(model.prompts))]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_and_compilation_change_nothing(method: str) -> None:
+def test_gradient_checkpointing_changes_nothing(method: str) -> None:
+    model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
+    plain = gradients(model, model)
+    model.base.set_grad_checkpointing(True)
+    assert_same(gradients(model, model), plain)
+
+
+@pytest.mark.parametrize("method", [*list(METHODS)[:-1], pytest.param("da-vpt-plus", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(method: str) -> None:
     torch._dynamo.reset()
     model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
-    labels = torch.arange(2)
-
-    def gradients(function: Any) -> tuple[torch.Tensor, ...]:
-        output = function(images(), labels=labels)
-        return torch.autograd.grad(output.logits.square().sum() + output.method_loss, list(model.prompts))
-
-    plain = gradients(model)
-    torch.testing.assert_close(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), plain)
-    model.base.set_grad_checkpointing(True)
-    torch.testing.assert_close(gradients(model), plain)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(model, compiled), gradients(model, model))
 
 
 BAD = [
@@ -108,6 +113,7 @@ BAD = [
     (GateVPTConfig, {"num_prompts": 2, "num_gates": -1}, "num_gates"),
     (CVPTConfig, {"num_prompts": 2, "insert": 6}, "insert"),
     (CVPTConfig, {"num_prompts": -2}, "num_prompts"),
+    (CVPTConfig, {"num_prompts": 2, "pool": "all"}, "pool"),
     (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (3, 1)}, "guided_blocks"),
     (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 0, "guided_blocks": (0, 1)}, "num_proxy_prompts"),
     (
@@ -148,7 +154,7 @@ def test_gate_vpt_with_a_fixed_temperature_or_none(temperature: bool | float) ->
     with torch.no_grad():
         trained.prompts[0].copy_(model.prompts[0])
         trained.temperature.fill_(temperature or 1.0)
-    torch.testing.assert_close(model(images()), trained(images()))
+    assert_same(model(images()), trained(images()))
 
 
 def test_cvpt_dropout_draws_a_mask_for_each_image_and_takes_the_direct_form() -> None:

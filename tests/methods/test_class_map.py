@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import golden_files
@@ -11,6 +12,7 @@ from timm_families import randomise, vit
 from torch import Tensor
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt.methods.class_map import cosine_kmeans, map_classes, normalise
 
 
@@ -35,7 +37,7 @@ def test_kmeans_equals_the_official_code() -> None:
     features = normalise(case.tensors["class_features"], case.config["norm"])
     assignment, centroids = cosine_kmeans(features, case.tensors["initial_centroids"])
     assert torch.equal(assignment, case.tensors["assignment"])
-    torch.testing.assert_close(centroids, case.tensors["centroids"], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(centroids, case.tensors["centroids"])
 
 
 def test_empty_cluster_keeps_its_centroid() -> None:
@@ -115,11 +117,11 @@ def test_later_maps_come_from_the_tuned_models_epoch_and_start_where_the_last_en
         for label, feature in zip(labels.tolist(), pooled, strict=True):
             features.setdefault(label, []).append(feature)
     means = torch.stack([torch.stack(features[c]).mean(0) for c in range(6)])
-    expected = map_classes(means.float(), torch.ones(6), centroids.float(), 3)
+    expected = map_classes(means, torch.ones(6), centroids, 3)
     model.update_class_map()
     assert expected is not None
     assert torch.equal(model.class_to_prompt, expected[0])
-    torch.testing.assert_close(model.class_centroids.float(), expected[1], rtol=1e-4, atol=1e-5)
+    assert_same(model.class_centroids, expected[1])
     with pytest.raises(ValueError, match="no image has been seen"):
         model.update_class_map()
 
@@ -142,9 +144,34 @@ def test_map_and_centroids_are_saved_and_the_epochs_sums_are_not() -> None:
     assert not {"class_sums", "class_counts"} & set(state)
 
 
-def test_other_methods_say_that_they_map_no_classes() -> None:
-    model = fastprompt.get_prompt_model(vit(), fastprompt.VPTConfig(2))
-    with pytest.raises(NotImplementedError, match="VPT maps no classes"):
+def test_models_of_other_methods_have_no_class_map() -> None:
+    model: Any = fastprompt.get_prompt_model(vit(), fastprompt.VPTConfig(2))
+    with pytest.raises(AttributeError, match="'VPTModel' object has no attribute 'fit_class_map'"):
         model.fit_class_map([])
-    with pytest.raises(NotImplementedError, match="VPT maps no classes"):
-        model.update_class_map()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda x, y: (x[..., :16], y),
+            ValueError,
+            "`fit_class_map`: `images` must be 32x32 pixels; got 32x16",
+        ),
+        (lambda x, y: (x, y.float()), TypeError, "`fit_class_map`: `labels` must be int64 or int32"),
+        (lambda x, y: (x, y + 4), ValueError, "`fit_class_map`: `labels` must lie in 0..5"),
+    ],
+    ids=["image size", "label dtype", "label range"],
+)
+def test_a_loaders_mistakes_are_named_and_the_mode_is_restored(
+    change: Any, error: type[Exception], message: str
+) -> None:
+    model = model_of().train()
+    with pytest.raises(error, match=re.escape(message)):
+        model.fit_class_map([change(*batches(count=1, size=30)[0])])
+    assert model.training
+
+
+def test_images_per_class_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="`images_per_class` must be an integer >= 1; got 0"):
+        model_of().fit_class_map([], images_per_class=0)

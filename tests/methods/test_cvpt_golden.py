@@ -30,6 +30,17 @@ def prompt_model(case: golden_files.Case, form: str = "auto") -> Any:
     return model
 
 
+def check(model: Any, case: golden_files.Case) -> None:
+    """Compare logits and every gradient with the official code's."""
+    logits = model(case.tensors["input"])
+    golden_files.assert_official(logits, case.tensors["logits"])
+    (logits * case.tensors["cotangent"]).sum().backward()
+    for p, gradient in zip(model.prompts, case.tensors["grad.Prompt_Tokens"], strict=True):
+        golden_files.assert_official(p.grad, gradient)
+    for name, p in model.base.head.named_parameters():
+        golden_files.assert_official(p.grad, case.tensors[f"grad.head.{name}"])
+
+
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form in ("folded", "direct"):
         monkeypatch.setattr(cvpt, "choose_form", lambda *args: form)
@@ -46,14 +57,7 @@ def test_logits_and_gradients_equal_the_official_code(
 ) -> None:
     use(form, monkeypatch)
     case = golden_files.load(name)
-    model = prompt_model(case, form).train()
-    logits = model(case.tensors["input"])
-    torch.testing.assert_close(logits, case.tensors["logits"], rtol=1e-9, atol=1e-12)
-    (logits * case.tensors["cotangent"]).sum().backward()
-    for p, gradient in zip(model.prompts, case.tensors["grad.Prompt_Tokens"], strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
-    for name_of, p in model.base.head.named_parameters():
-        torch.testing.assert_close(p.grad, case.tensors[f"grad.head.{name_of}"], rtol=1e-9, atol=1e-12)
+    check(prompt_model(case, form).train(), case)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,7 +65,7 @@ def test_all_rows_of_the_last_block_give_the_same_logits(name: str) -> None:
     case = golden_files.load(name)
     model = prompt_model(case)
     logits = model.forward_head(model.forward_features(case.tensors["input"]))
-    torch.testing.assert_close(logits, case.tensors["logits"], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(logits, case.tensors["logits"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -70,7 +74,7 @@ def test_folded_model_gives_the_same_logits(name: str, form: str, monkeypatch: p
     use(form, monkeypatch)
     case = golden_files.load(name)
     folded = prompt_model(case, form).fold()
-    torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["logits"], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(folded(case.tensors["input"]), case.tensors["logits"])
 
 
 def test_no_parameter_is_added_but_the_prompts() -> None:

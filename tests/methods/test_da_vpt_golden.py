@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import golden_files
 import pytest
+import timm
 import torch
+from method_models import METHODS, changed, outputs_and_gradients, prompted
+from timm_families import images
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
-from fastprompt import DAVPTConfig
+from bench.correctness import assert_same
+from bench.papers import paper_model
+from fastprompt import DAVPTConfig, PromptConfig
 
 CASES = [name for name in golden_files.names("davpt_") if name not in ("davpt_kmeans", "davpt_mask_all")]
 SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
@@ -93,11 +100,11 @@ def test_logits_loss_and_gradients_equal_the_official_code(name: str, shortcuts:
     case = load(name)
     model = prompt_model(case, shortcuts).train()
     output = model(case.tensors["input"], labels=case.tensors["labels"])
-    torch.testing.assert_close(output.logits, case.tensors["logits"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(output.method_loss, case.tensors["metric_loss"][0], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(output.logits, case.tensors["logits"])
+    golden_files.assert_official(output.method_loss, case.tensors["metric_loss"][0])
     ((output.logits * case.tensors["cotangent"]).sum() + output.method_loss).backward()
     for p, gradient in zip(model.prompts, in_order(model, case, "grad"), strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+        golden_files.assert_official(p.grad, gradient)
     mine = trained_gradients(model)
     theirs = {
         key.removeprefix("grad."): t
@@ -108,6 +115,50 @@ def test_logits_loss_and_gradients_equal_the_official_code(name: str, shortcuts:
         assert not mine.pop(key).any(), "q's part of the packed bias does not train"
     assert set(mine) == set(theirs)
     for key, gradient in theirs.items():
-        torch.testing.assert_close(
-            mine[key], gradient, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        golden_files.assert_official(mine[key], gradient)
+
+
+# The mask ---------------------------------------------------------------------------------------------------------
+
+
+@SHORTCUTS
+def test_masked_prompts_give_the_official_logits(shortcuts: bool) -> None:
+    """The last block has P_g prompts, the others P; its mask is as long as its own prompts."""
+    case = golden_files.load("davpt_mask_all")
+    with golden_files.safe_open(golden_files.FOLDER / "davpt_mask_all.safetensors", "pt") as file:
+        base = timm.create_model(**json.loads(file.metadata()["timm"]))
+    fields = dict(case.config)
+    config = DAVPTConfig(mask_prompts=fields.pop("mask"), **fields)
+    model = fastprompt.get_prompt_model(base, config, shortcuts=shortcuts).eval()
+    state = {k.removeprefix("state."): t for k, t in case.tensors.items() if k.startswith("state.")}
+    fastprompt.load_official_state_dict(model, state)
+    x = case.tensors["input"].double()
+    golden_files.assert_official(model.double()(x), case.tensors["logits"])
+    golden_files.assert_official(model.fold()(x), case.tensors["logits"])
+    model.config = changed(config, mask_prompts=False)
+    assert (model(x) - case.tensors["logits"]).norm() > 0.01 * case.tensors["logits"].norm()
+
+
+@SHORTCUTS
+@pytest.mark.parametrize("pool", ["all", "prompt"])
+@pytest.mark.parametrize("family", ["vit", "vit-registers", "vit-qk-norm", "vit-layer-scale"])
+def test_masked_prompts_give_the_papers_gradients(family: str, pool: str, shortcuts: bool) -> None:
+    config = changed(METHODS["da-vpt"], mask_prompts=True, pool=pool)
+    model = prompted(family, config, shortcuts=shortcuts)
+    assert_same(outputs_and_gradients(model, images(4)), outputs_and_gradients(paper_model(model), images(4)))
+
+
+@pytest.mark.parametrize("pool", ["backbone", "image"])
+def test_a_mask_without_readers_changes_nothing_and_costs_nothing(pool: str) -> None:
+    def run(mask: bool) -> tuple[dict[str, Tensor], int]:
+        torch.manual_seed(1)
+        config: PromptConfig = changed(METHODS["da-vpt"], mask_prompts=mask, pool=pool)
+        model = prompted("vit", config)
+        with FlopCounterMode(display=False) as counter:
+            model(images(4))
+        return outputs_and_gradients(model, images(4)), counter.get_total_flops()
+
+    masked, unmasked = run(True), run(False)
+    assert masked[1] == unmasked[1]
+    for name, x in unmasked[0].items():
+        assert torch.equal(masked[0][name], x), name

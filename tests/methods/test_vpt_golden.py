@@ -39,11 +39,11 @@ def prompt_model(case: golden_files.Case, shortcuts: bool = True) -> Any:
 
 def check(model: nn.Module, case: golden_files.Case) -> None:
     features = model(case.tensors["input"])
-    torch.testing.assert_close(features, case.tensors["features"], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(features, case.tensors["features"])
     (features * case.tensors["cotangent"]).sum().backward()
     prompts: Any = model.prompts
     for p, gradient in zip(prompts, golden_prompts(case, "grad"), strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+        golden_files.assert_official(p.grad, gradient)
 
 
 def test_all_six_cases_are_there() -> None:
@@ -69,7 +69,7 @@ def test_the_concatenating_oracle_equals_the_official_code(name: str) -> None:
 def test_folded_model_gives_the_same_features(name: str, shortcuts: bool) -> None:
     case = golden_files.load(name)
     folded = prompt_model(case, shortcuts).fold()
-    torch.testing.assert_close(folded(case.tensors["input"]), case.tensors["features"], rtol=1e-9, atol=1e-12)
+    golden_files.assert_official(folded(case.tensors["input"]), case.tensors["features"])
 
 
 def test_prompts_fill_the_official_initial_interval() -> None:

@@ -1,11 +1,12 @@
 """The proof on a GPU, one command: build, numerics, then times against the baselines. Needs no network.
 
     python -m bench.gpu_check --out DIR [--minutes 8] [--parts NAME,NAME]
-    python -m bench.gpu_check --out DIR --dry-run-cpu      the same code on tiny shapes; no time means anything
+    python -m bench.gpu_check --out DIR --dry-run-cpu      the same code on tiny shapes; its times mean nothing
 
-Each part is a process of its own with a limit, so that a crash or an endless loop costs that part alone; what it found
-before is kept. Parts run in the order of their importance until the time is spent. DIR gets `rows.json` (times),
-`checks.json` (correctness), the log of every part, and `table.txt`, which is printed last.
+Each part is a process with a time limit, so that a crash or an endless loop costs that part alone; what it found before
+is kept. Parts run in the order of their importance until the time is spent. DIR gets `records.jsonl` (each check, time
+and note as soon as it is there), `table.txt`, rewritten after each stage and printed last, and `failed.txt`, the last
+lines of failed parts. Logs and build go to a temporary folder.
 
 Exit code: 0 everything that was checked passed, 1 something failed, 2 there is no GPU.
 """
@@ -13,11 +14,11 @@ Exit code: 0 everything that was checked passed, 1 something failed, 2 there is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,13 +27,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_report
+from bench import cases, gpu_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESERVE = 6.0  # seconds kept for the report
-LEAST = 12.0  # a part that would get fewer seconds is not started
+MIN_SECONDS = 12.0  # a part that would get fewer is not started
 GRACE = 8.0  # a part that stops by itself at its limit gets so many more to finish its last case
-COMPILING = 25.0  # ... where a case may have to be compiled by torch first
+COMPILING = 25.0  # ... where torch may have to compile a case first
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part: "ok", "failed", "stopped" at its limit, or "skipped", and a line about it."""
+    """The end of a part: "ok", "failed", "stopped" at its limit, or "skipped", and a line about it."""
 
     name: str
     status: str
@@ -56,47 +57,45 @@ class Outcome:
     detail: str
 
 
-def stages(out: Path, dry: bool, shards: int) -> list[list[Part]]:
-    """Parts in order of importance; those of one stage run side by side, since they take no times."""
+def stages(out: Path, work: Path, dry: bool, shards: int) -> list[list[Part]]:
+    """Return the parts in order of importance; those of one stage take no times and run side by side."""
 
     def part(name: str, seconds: float, *options: str, grace: float = GRACE) -> Part:
-        command = [
-            sys.executable,
-            "-m",
-            "bench.gpu_parts",
-            name.partition("-")[0],
-            "--out",
-            str(out),
-            *options,
-        ]
-        command += ["--name", name, *(["--dry-run-cpu"] if dry else [])]
+        module = [sys.executable, "-m", "bench.gpu_parts", name.partition("-")[0]]
+        dry_run = ["--dry-run-cpu"] if dry else []
+        command = [*module, "--out", str(out), *options, "--name", name, *dry_run]
         return Part(name, command, seconds, grace=grace)
 
     sweep = [part(f"numerics-{i}", 180, "--shard", f"{i}/{shards}") for i in range(shards)]
+    first, *others = cases.NAMES
     return [
-        [Part("build", build_command(out), 110, writes=False)],
-        [*sweep, part("ways", 160), Part("tests", test_command(dry), 180, writes=False)],
-        [part("attention", 80)],
+        [Part("build", build_command(work), 110, writes=False)],
+        [*sweep, part("modes", 160), Part("tests", test_command(dry), 180, writes=False)],
+        [part(first, 80)],
         [part("models", 70)],
-        [part("flex", 80, grace=COMPILING)],
-        [part("operations", 80)],
+        [part("autotuned", 80, grace=COMPILING)],
+        *([part(name, 40)] for name in others),
         [part("compiled", 150, grace=COMPILING)],
     ]
 
 
-def build_command(out: Path) -> list[str]:
-    """Builds the package with its native libraries into a folder that the later parts import it from."""
+def build_command(work: Path) -> list[str]:
+    """Return the command that builds the package into a folder that the later parts import it from."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--upgrade"]
-    return [sys.executable, "-m", "pip", "install", *options, "--target", str(target(out)), str(REPOSITORY)]
-
-
-def target(out: Path) -> Path:
-    """Where the build goes."""
-    return out / "installed"
+    return [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        "--target",
+        str(work / "installed"),
+        str(REPOSITORY),
+    ]
 
 
 def test_command(dry: bool) -> list[str]:
-    """The tests of the operations, those of GPU backends."""
+    """Return the command that tests the operations on the backends of a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
     command += ["-c", str(REPOSITORY / "pyproject.toml"), "--continue-on-collection-errors", "--tb=line"]
     if dry:
@@ -107,9 +106,9 @@ def test_command(dry: bool) -> list[str]:
     return [*command, "-k", "triton or cuda", "--maxfail", "50", *map(str, paths)]
 
 
-def environment(out: Path) -> dict[str, str]:
-    """The build first, then the repository (for `bench`), then what was there."""
-    paths = [str(target(out)), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+def environment(work: Path) -> dict[str, str]:
+    """Return the environment of a part, which imports the build, then the repository (for `bench`)."""
+    paths = [str(work / "installed"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
@@ -118,24 +117,24 @@ def environment(out: Path) -> dict[str, str]:
     }
 
 
-def run_stage(parts: Sequence[Part], out: Path, seconds_left: float) -> Iterator[Outcome]:
-    """Run `parts` side by side, each to its limit or to the end of the time, and say what became of each."""
+def run_stage(parts: Sequence[Part], work: Path, seconds_left: float) -> Iterator[Outcome]:
+    """Run `parts` side by side, each to its limit or to the end of the time; yield the outcome of each."""
     started = time.monotonic()
     running: list[tuple[Part, subprocess.Popen[bytes], float]] = []
     for part in parts:
         limit = min(part.seconds, seconds_left)
-        if limit < LEAST:
+        if limit < MIN_SECONDS:
             yield Outcome(part.name, "skipped", 0.0, "no time is left")
             continue
         # The part stops by itself a little before it is stopped.
         own = ["--seconds", f"{max(limit - part.grace, limit / 2):.0f}"] if part.writes else []
-        with (out / f"{part.name}.log").open("wb") as log:
+        with (work / f"{part.name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [*part.command, *own],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=out,
-                env=environment(out),
+                cwd=work,
+                env=environment(work),
                 start_new_session=True,
             )
         running.append((part, process, started + limit))
@@ -147,15 +146,15 @@ def run_stage(parts: Sequence[Part], out: Path, seconds_left: float) -> Iterator
                 _stop(process, ask=not part.writes)
                 code = None
             seconds = time.monotonic() - started
-            yield _outcome(part, code, seconds, out)
-    finally:  # where this program is stopped itself, its parts would live on
+            yield _outcome(part, code, seconds, work)
+    finally:  # if this program is stopped itself, its parts would live on
         for _, process, _ in running:
             if process.poll() is None:
                 _stop(process)
 
 
-def _outcome(part: Part, code: int | None, seconds: float, out: Path) -> Outcome:
-    last = gpu_report.last_line(out / f"{part.name}.log")
+def _outcome(part: Part, code: int | None, seconds: float, work: Path) -> Outcome:
+    last = gpu_report.last_line(work / f"{part.name}.log")
     if part.name == "tests" and code == 5:
         return Outcome(part.name, "ok", seconds, "no backend of a GPU has tests to run")
     if code is None:
@@ -167,10 +166,7 @@ def _outcome(part: Part, code: int | None, seconds: float, out: Path) -> Outcome
 
 
 def _stop(process: subprocess.Popen[bytes], ask: bool = False) -> None:
-    """End the part and what it started; it leads a process group of its own.
-
-    `ask` it first, on which pytest sums up what it has run.
-    """
+    """End the part and what it started, its process group; `ask` it first, on which pytest sums up what it has run."""
     if ask:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -187,42 +183,47 @@ def _stop(process: subprocess.Popen[bytes], ask: bool = False) -> None:
             continue
 
 
-def run(all_stages: Sequence[Sequence[Part]], out: Path, minutes: float) -> list[Outcome]:
-    """Every stage until the time is spent; prints a line for each part as it ends."""
+def run(all_stages: Sequence[Sequence[Part]], out: Path, work: Path, minutes: float) -> int:
+    """Run every stage until the time is spent, print a line for each part and then the table; return the exit code."""
     started = time.monotonic()
     outcomes: list[Outcome] = []
+    found: gpu_report.Found = {}
     for stage in all_stages:
         left = 60 * minutes - RESERVE - (time.monotonic() - started)
-        for outcome in run_stage(stage, out, left):
-            outcomes.append(outcome)
-            print(
-                f"{outcome.name:<12} {outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.detail}",
-                flush=True,
-            )
-    return outcomes
-
-
-def finish(outcomes: Sequence[Outcome], out: Path) -> int:
-    """Write `rows.json`, `checks.json` and `table.txt`, print the table; the exit code."""
-    found = gpu_report.collect(out)
-    for name in ("rows", "checks"):
-        (out / f"{name}.json").write_text(json.dumps(found[name], indent=1) + "\n")
-    parts = [(o.name, o.status, o.seconds, o.detail) for o in outcomes]
-    table = gpu_report.table(found, parts)
-    (out / "table.txt").write_text(table + "\n")
-    print(table, flush=True)
+        try:
+            for outcome in run_stage(stage, work, left):
+                outcomes.append(outcome)
+                print(
+                    f"{outcome.name:<24} {outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.detail}",
+                    flush=True,
+                )
+        finally:
+            found = write_table(outcomes, out, work)
+    print((out / "table.txt").read_text(), end="", flush=True)
     wrong = any(not c["ok"] for c in found["checks"])
     return 1 if wrong or any(_is_bad(o) for o in outcomes) else 0
 
 
+def write_table(outcomes: Sequence[Outcome], out: Path, work: Path) -> gpu_report.Found:
+    """Write `table.txt` and `failed.txt` of what there is so far, and return it."""
+    found = gpu_report.collect(out / "records.jsonl")
+    parts = [(o.name, o.status, o.seconds, o.detail) for o in outcomes]
+    (out / "table.txt").write_text(gpu_report.table(found, parts) + "\n")
+    failed = [o.name for o in outcomes if o.status in ("failed", "stopped")]
+    if failed:
+        ends = [f"== {name}\n{gpu_report.end_of(work / f'{name}.log')}" for name in failed]
+        (out / "failed.txt").write_text("\n".join(ends))
+    return found
+
+
 def _is_bad(outcome: Outcome) -> bool:
-    """Whether a part failed. Times that were not all taken are no failure; checks that never ended are."""
-    checks = outcome.name.startswith(("build", "numerics", "ways"))
+    """Tell whether a part failed. Times that were not all taken are no failure; checks that never ended are."""
+    checks = outcome.name.startswith(("build", "numerics", "modes"))
     return outcome.status == "failed" or (outcome.status == "stopped" and checks)
 
 
 def why_no_gpu() -> str | None:
-    """The reason why there is nothing to check here, or None."""
+    """Return the reason why there is nothing to check here, or None."""
     import torch
 
     if torch.cuda.is_available():
@@ -251,9 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.jsonl"):
-        old.unlink()
-    chosen = stages(out, given.dry_run_cpu, given.shards)
+    (out / "records.jsonl").unlink(missing_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+    print(f"logs and build: {work}")
+    chosen = stages(out, work, given.dry_run_cpu, given.shards)
     if given.parts:
         wanted = given.parts.split(",")
         known = sorted({p.name.partition("-")[0] for stage in chosen for p in stage})
@@ -261,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"there is no part {', '.join(unknown)}; known are {', '.join(known)}")
         chosen = [[p for p in stage if p.name.partition("-")[0] in wanted] for stage in chosen]
-    return finish(run(chosen, out, given.minutes), out)
+    return run(chosen, out, work, given.minutes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The parts of `bench.gpu_check`, each run in a process of its own: `python -m bench.gpu_parts NAME --out DIR`.
 
-A part appends what it finds to DIR/NAME.jsonl at once, one record a line, and stops by itself when its seconds are
-spent. Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind": "note", "text"}.
+A part appends each record to DIR/records.jsonl at once, one a line, and stops by itself when its seconds are spent.
+Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind": "note", "text"}.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 
 import fastprompt
 from bench import measure, models, numerics, ops
+from bench.cases import NAMES, load, operations
 
 Record = dict[str, Any]
-ATTENTION = ("sdpa flash", "sdpa cudnn", "sdpa efficient")
 
 
 @dataclass
@@ -51,111 +51,83 @@ def note(text: str) -> Record:
 
 
 def numerics_part(settings: Settings) -> Iterator[Record]:
-    """The sweep of shapes, one shard of it."""
-    i, n = settings.shard
-    cases = numerics.cases(settings.device, tiny=settings.dry)
-    if settings.dry:
-        # One of a kind.
-        cases = {(c.suite, c.dtype, c.frozen, tuple(c.spread)): c for c in reversed(list(cases))}.values()
-    left_out = 0
-    for case in (case for j, case in enumerate(cases) if j % n == i):
+    """Check the sweep of shapes, one shard of it."""
+    cases = numerics.sweep(settings.device, settings.dry, settings.shard)
+    if settings.dry:  # one of a kind
+        cases = iter({(c.suite, c.dtype, c.frozen): c for c in reversed(list(cases))}.values())
+    for case in cases:
         if settings.over:
-            left_out += 1
+            left_out = 1 + sum(1 for _ in cases)
+            yield note(f"numerics {settings.shard[0]}: the time ended before the last {left_out} shapes")
+            return
+        try:
+            found = list(numerics.checks_of(case))
+        except Exception as error:  # of the exact results: one failed check
+            yield _failed(case.name, error)
             continue
-        for name, check in _pairs(case):
+        for name, check in found:
             yield _check(name, check)
-        for text in case.notes:
-            yield note(text)
-    if left_out:
-        yield note(f"numerics {i}/{n}: the time ended before the last {left_out} shapes")
 
 
-def _pairs(case: ops.Case) -> list[tuple[str, Callable[[], str]]]:
-    try:
-        return list(numerics.checks_of(case))
-    except Exception as error:
-        return [(case.name, partial(_raise, error))]
-
-
-def _raise(error: Exception) -> str:
-    raise error
-
-
-def ways_part(settings: Settings) -> Iterator[Record]:
-    """Streams, graphs, compilation, autocast, DDP."""
-    for name, check in numerics.ways(settings.device, "aot_eager" if settings.dry else "inductor").items():
-        if settings.over:
-            yield note(f"ways: the time ended before: {name}")
-            continue
-        yield _check(name, check)
+def modes_part(settings: Settings) -> Iterator[Record]:
+    """Check streams, graphs, compilation, autocast and DDP."""
+    modes = numerics.execution_modes(settings.device, "aot_eager" if settings.dry else "inductor")
+    for name, check in modes.items():
+        yield note(f"{name}: the time ended before it") if settings.over else _check(name, check)
 
 
 def _check(name: str, check: Callable[[], str]) -> Record:
     try:
         return {"kind": "check", "name": name, "ok": True, "detail": check()}
-    except NotImplementedError as error:  # a backend that says why it does not serve the call
+    except NotImplementedError as error:  # a backend that says why it does not support the call
         return note(f"{name.rpartition(': ')[0]}: {ops.first_line(error)}")
     except Exception as error:
-        detail = f"{type(error).__name__}: {ops.first_line(error)}"
-        return {"kind": "check", "name": name, "ok": False, "detail": detail}
+        return _failed(name, error)
 
 
-def attention_part(settings: Settings) -> Iterator[Record]:
-    """Prompt attention against every kernel of SDPA, [128, 197, 12, 64] first."""
-    yield from _ceilings(settings)
-    for P in (50, 10, 100, 0):
-        yield from _times(settings, ops.attention_case(*_attention_size(settings, P), ATTENTION))
-    for P in (50, 10, 100):
-        yield from _times(settings, ops.packed_case(*_attention_size(settings, P), ATTENTION))
-    for model in ((128, 257, 50, 16, 80), (128, 197, 50, 6, 64), (128, 197, 50, 16, 64)):
-        if not settings.dry:
-            yield from _times(settings, ops.attention_case(*model, torch.bfloat16, "cuda", ATTENTION))
-    slow = ("sdpa math", "products")
-    yield from _times(settings, ops.attention_case(*_attention_size(settings, 50), slow))
+def _failed(name: str, error: Exception) -> Record:
+    detail = f"{type(error).__name__}: {ops.first_line(error)}"
+    return {"kind": "check", "name": name, "ok": False, "detail": detail}
 
 
-def flex_part(settings: Settings) -> Iterator[Record]:
-    """Prompt attention against FlexAttention, whose search for tiles takes its time."""
-    name = "flex, not compiled" if settings.dry else "flex"
-    for P in (50, 10, 100, 0):
-        yield from _times(settings, ops.attention_case(*_attention_size(settings, P), (name,)))
+def operation_part(settings: Settings, name: str) -> Iterator[Record]:
+    """Time one operation against its competitors; of the first, say too what the device reaches."""
+    if name == NAMES[0]:
+        yield from _ceilings(settings)
+    for case in load(name).cases(_size(settings)):
+        yield from _times(settings, case)
 
 
-def _attention_size(settings: Settings, P: int) -> tuple[int, int, int, int, int, torch.dtype, str]:
+def autotuned_part(settings: Settings) -> Iterator[Record]:
+    """Time the operations that have competitors which search their tile sizes, against all others too."""
+    for operation in operations():
+        for case in operation.cases(_size(settings)):
+            if case.autotuned:
+                yield from _times(settings, case, autotuned=True)
+
+
+def _size(settings: Settings) -> ops.Size:
+    """Return ViT-B's block at batch 128, or a tiny one."""
     if settings.dry:
-        return 2, 17, P // 10, 2, 16, torch.float32, "cpu"
-    return 128, 197, P, 12, 64, torch.bfloat16, "cuda"
+        return ops.Size(2, 17, 3, 24, torch.float32, "cpu")
+    return ops.Size(128, 197, 12, 768, torch.bfloat16, "cuda")
 
 
-def operations_part(settings: Settings) -> Iterator[Record]:
-    """Gated blend and LayerNorm, folded cross-attention, one-row attention, at ViT-B's width."""
-    B, N, H, D = (2, 17, 3, 24) if settings.dry else (128, 197, 12, 768)
-    dtype = torch.float32 if settings.dry else torch.bfloat16
-    size = (dtype, settings.device)
-    yield from _times(settings, ops.blend_norm_case(B, N + 50, 50, D, *size))
-    yield from _times(settings, ops.row_case(B, N + 50, H, D, *size))
-    for P in (10, 20, 50):
-        yield from _times(settings, ops.folded_case(B, N, P, H, D, *size))
-    yield from _times(settings, ops.folded_norm_case(B, N, 10, H, D, *size))
-    yield from _times(settings, ops.blend_case(B, N + 50, 50, D, *size))
-
-
-def _times(settings: Settings, case: ops.Case) -> Iterator[Record]:
+def _times(settings: Settings, case: ops.Case, autotuned: bool = False) -> Iterator[Record]:
     for mode in (ops.FORWARD, ops.BOTH):
         if settings.over:
             yield note(f"{case.name}, {mode}: the time ended before it")
             continue
         try:
-            for row in ops.rows(case, mode, settings.rounds, settings.device):
+            for row in ops.rows(case, mode, settings.rounds, settings.device, autotuned):
                 yield {"kind": "row", **row.to_dict()}
         except Exception as error:
             yield note(f"{case.name}, {mode}: {type(error).__name__}: {ops.first_line(error)}")
-    for text in case.notes:
-        yield note(text)
+    yield from map(note, case.notes)
 
 
 def _ceilings(settings: Settings) -> Iterator[Record]:
-    """What the device reaches: bytes of a copy a second, operations of a large product a second."""
+    """Say what the device reaches: bytes of a copy a second, operations of a large product a second."""
     side, size = (64, 1 << 16) if settings.dry else (8192, 1 << 32)
     dtype = torch.float32 if settings.dry else torch.bfloat16
     source = torch.randn(size // dtype.itemsize, device=settings.device, dtype=dtype)
@@ -170,7 +142,7 @@ def _ceilings(settings: Settings) -> Iterator[Record]:
 
 
 def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
-    """Training step and inference of whole models."""
+    """Time whole models; compiled ones in training only, since one comparison can take the part's time."""
     setting = models.Setting("vit_base_patch16_224", 224, 128, torch.bfloat16, "cuda", 10, ("cudnn", "flash"))
     plan = [
         ("vpt-deep", 50),
@@ -180,6 +152,8 @@ def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
         ("vpt-deep", 10),
         ("cvpt", 20),
     ]
+    if compiled:
+        plan = [("vpt-deep", P) for P in (50, 10, 100)]
     if settings.dry:
         setting = models.Setting(
             "test_vit", 48, 2, torch.float32, "cpu", 1, ("flash",), compiler="aot_eager", depth=2
@@ -192,24 +166,23 @@ def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
         if settings.over:
             yield note(f"{method} P={P}{', compiled' if compiled else ''}: the time ended before it")
             continue
-        made = models.comparison(method, P, setting, base)
+        comparison = models.comparison(method, P, setting, base)
+        modes = (models.TRAINING,) if compiled else (models.TRAINING, models.INFERENCE)
         try:
-            for row in models.rows(made):
+            for row in models.rows(comparison, modes):
                 yield {"kind": "row", **row.to_dict()}
         except Exception as error:
-            yield note(f"{made.name}: {type(error).__name__}: {ops.first_line(error)}")
-        for text in made.notes:
-            yield note(text)
+            yield note(f"{comparison.name}: {type(error).__name__}: {ops.first_line(error)}")
+        yield from map(note, comparison.notes)
 
 
 PARTS: dict[str, Callable[[Settings], Iterable[Record]]] = {
     "numerics": numerics_part,
-    "ways": ways_part,
-    "attention": attention_part,
-    "operations": operations_part,
+    "modes": modes_part,
+    **{name: partial(operation_part, name=name) for name in NAMES},
+    "autotuned": autotuned_part,
     "models": models_part,
     "compiled": partial(models_part, compiled=True),
-    "flex": flex_part,
 }
 
 
@@ -218,7 +191,7 @@ LOST = ("CUDA error", "Triton Error [CUDA]: an illegal", "Triton Error [CUDA]: u
 
 
 def until_the_device_is_lost(records: Iterable[Record]) -> Iterator[Record]:
-    """The records, up to a CUDA error: after one, nothing in the process works any more."""
+    """Yield the records up to a CUDA error, after which nothing in the process works."""
     for record in records:
         yield record
         text = record.get("detail", record.get("text", ""))
@@ -253,7 +226,7 @@ def main() -> int:
     )
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", help="what the records' file is called; default: the part")
+    parser.add_argument("--name", help="what the records call the part; default its own name")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from the i-th on")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--dry-run-cpu", action="store_true")
@@ -263,7 +236,7 @@ def main() -> int:
     settings = Settings(given.dry_run_cpu, time.monotonic() + given.seconds, (i, n))
     label = given.name or given.part
     print(fastprompt.backends(), flush=True)
-    return run(given.part, settings, given.out / f"{label}.jsonl", label)
+    return run(given.part, settings, given.out / "records.jsonl", label)
 
 
 if __name__ == "__main__":

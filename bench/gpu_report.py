@@ -1,4 +1,4 @@
-"""What `bench.gpu_check` found, from its parts' records to one short table."""
+"""The report of `bench.gpu_check`: its parts' records as one short table."""
 
 from __future__ import annotations
 
@@ -10,34 +10,39 @@ from typing import Any
 Found = dict[str, list[dict[str, Any]]]
 
 
-def collect(out: Path) -> Found:
-    """The records of all parts by kind: "rows", "checks", "notes". A line cut short by a crash is left out."""
+def collect(records: Path) -> Found:
+    """Return the records by kind: "rows", "checks", "notes". A line cut short by a crash is left out."""
     found: Found = {"rows": [], "checks": [], "notes": []}
-    for path in sorted(out.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[f"{record.pop('kind')}s"].append(record)
+    for line in records.read_text().splitlines() if records.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[f"{record.pop('kind')}s"].append(record)
     return found
 
 
+def end_of(log: Path, lines: int = 100) -> str:
+    """Return the last lines of a log."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, cut to fit."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+    """Return the last line of a log that is not empty, cut to fit."""
+    lines = [line.strip() for line in end_of(log).splitlines()]
     return next((line for line in reversed(lines) if line), "no output")[:160]
 
 
 def table(found: Found, parts: Sequence[tuple[str, str, float, str]]) -> str:
-    """Parts, failures, and one line for each comparison: ours beside the best of the others."""
+    """Return parts, failures, and one line for each comparison: ours beside the best of the others."""
     lines = ["", "== parts"]
-    lines += [f"{name:<12} {status:<8} {seconds:6.1f} s  {detail}" for name, status, seconds, detail in parts]
+    lines += [f"{name:<24} {status:<8} {seconds:6.1f} s  {detail}" for name, status, seconds, detail in parts]
     wrong = [c for c in found["checks"] if not c["ok"]]
     lines += ["", f"== checks: {len(found['checks']) - len(wrong)} passed, {len(wrong)} failed"]
     lines += [f"FAILED {c['name']}: {c['detail']}" for c in wrong[:15]]
     if len(wrong) > 15:
-        lines.append(f"... and {len(wrong) - 15} more in checks.json")
+        lines.append(f"... and {len(wrong) - 15} more in records.jsonl")
     lines += notes([n["text"] for n in found["notes"]])
     if found["rows"]:
         row = found["rows"][0]
@@ -47,7 +52,7 @@ def table(found: Found, parts: Sequence[tuple[str, str, float, str]]) -> str:
 
 
 def notes(texts: Sequence[str], most: int = 16) -> list[str]:
-    """One line for each reason, with the number of cases ("CASE, MODE: REASON") that it befell."""
+    """Return one line for each reason, with the number of its cases ("CASE, MODE: REASON")."""
     reasons: dict[str, list[str]] = {}
     for text in texts:
         case, colon, reason = text.partition(": ")
@@ -62,15 +67,16 @@ def notes(texts: Sequence[str], most: int = 16) -> list[str]:
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each comparison and each of our competitors in it."""
+    """Return one line for each comparison and each of our competitors in it."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["suite"], row["mode"], json.dumps(row["shape"]), row["dtype"], row["baseline"]
+        shape = json.dumps(row["shape"])
+        key = row.get("part"), row["suite"], row["mode"], shape, row["dtype"], row["baseline"]
         groups.setdefault(key, []).append(row)
     lines = [
         f"{'what':<62} {'ours':<26} {'p50':>9} {'baseline':<26} {'p50':>9} {'ratio':>6} {'floor':>6} {'error':>8}"
     ]
-    for (suite, mode, shape, dtype, baseline), group in groups.items():
+    for (_, suite, mode, shape, dtype, baseline), group in groups.items():
         best = next((r for r in group if r["provider"] == baseline), None)
         if best is None:
             continue

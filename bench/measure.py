@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], Any]
 
-# A timed stretch on a GPU holds as many replays as fill this, so that the events' resolution does not matter.
-STRETCH_MS = 1.0
+# A timed stretch on a GPU holds as many replays or plain calls as fill this: replays, so that the events' resolution
+# does not matter; plain calls, so that the synchronisation at its end does not.
+REPLAYS_MS, CALLS_MS = 1.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str,
         run, clock = _captured(several) if graphs else _plain(several)
         once = _events(run, 1)
         once = min(once, _events(run, 1))  # the first replay uploads the graph
-        runs[name] = run, clock, max(1, min(50, math.ceil(STRETCH_MS / max(once, 1e-3))))
+        stretch = REPLAYS_MS if clock == "graph" else CALLS_MS
+        runs[name] = run, clock, max(1, min(50, math.ceil(stretch / max(once, 1e-3))))
     times: dict[str, list[float]] = {name: [] for name in sets}
     for i in range(rounds):
         for name in _order(sets, i):

@@ -1,7 +1,7 @@
-"""The comparisons of whole models: the package against prompts concatenated on timm, training step and inference.
+"""Comparisons of whole models: the package against the papers' form on timm, training step and inference.
 
-Both sides have the same weights, prompts and images. Logits and the gradients of what the method trains are compared
-with float64 before a time is taken.
+Both sides have the same weights, prompts and images. Logits and the gradients of what the method trains are checked
+against float64 before a time is taken.
 """
 
 from __future__ import annotations
@@ -19,30 +19,22 @@ from torch.nn.attention import sdpa_kernel
 
 import fastprompt
 from bench import baselines, measure
-from bench.ops import WrongResult, backends, first_line
+from bench.correctness import WrongResult, assert_as_exact
+from bench.ops import backends, first_line
+from bench.papers import paper_model
 
 TRAINING, INFERENCE = "training step", "inference"
 CLASSES = 100
-OWN = ("prompts.", "gate_logits", "temperature")  # what a method trains, by the same names on both sides
+OWN = ("prompts.", "gate_logits", "temperature")  # the parameters of a method, named alike on both sides
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method: its configuration for P prompts, and the same model by concatenation, made of a `PromptModel`."""
-
-    config: Callable[[int], fastprompt.PromptConfig]
-    baseline: Callable[[nn.Module, Any], nn.Module]
-
-
-METHODS = {
-    "vpt-deep": Method(
-        fastprompt.VPTConfig, lambda base, ours: baselines.ConcatVPT(base, list(ours.prompts))
-    ),
-    "gate-vpt": Method(
-        lambda P: fastprompt.GateVPTConfig(P, dropout=0.0),
-        lambda base, ours: baselines.ConcatGateVPT(base, ours.prompts[0], ours.gate_logits, ours.temperature),
-    ),
-    "cvpt": Method(fastprompt.CVPTConfig, lambda base, ours: baselines.CrossVPT(base, list(ours.prompts))),
+# The methods by name: from P and the model's depth to a configuration.
+METHODS: dict[str, Callable[[int, int], fastprompt.PromptConfig]] = {
+    "vpt-deep": lambda P, depth: fastprompt.VPTConfig(P),
+    "vpt-shallow": lambda P, depth: fastprompt.VPTConfig(P, deep=False),
+    "gate-vpt": lambda P, depth: fastprompt.GateVPTConfig(P, dropout=0.0),
+    "cvpt": lambda P, depth: fastprompt.CVPTConfig(P),
+    "da-vpt": lambda P, depth: fastprompt.DAVPTConfig(P, P, (depth - 2, depth - 1)),
 }
 
 
@@ -51,11 +43,11 @@ class Setting:
     """Where and how models are compared.
 
     Attributes:
-        model: timm's name; random weights, which have no influence on times.
-        kernels: SDPA kernels to force for the concatenating model besides PyTorch's own choice; names of `SDPA`.
-        compiled: measure both sides under `torch.compile` instead of eagerly.
+        model: name of a timm model; its weights are random, which does not change times.
+        kernels: names of `baselines.SDPA`: kernels that the papers' form is also measured with.
+        compiled: measure both sides under `torch.compile`.
         compiler: its backend.
-        depth: of the model, if not its own.
+        depth: number of blocks, if not the model's own.
     """
 
     model: str
@@ -72,7 +64,7 @@ class Setting:
 
 @dataclass
 class Competitor:
-    """A model and how it is run: under a context, or as it is."""
+    """A model, and how it is run."""
 
     model: nn.Module
     run: Callable[[Callable[[], Any]], Any] = lambda step: step()
@@ -80,7 +72,12 @@ class Competitor:
 
 @dataclass
 class Comparison:
-    """The competitors of one method and number of prompts."""
+    """The competitors of one method and number of prompts.
+
+    Attributes:
+        reference: images, and their logits in float64 and by the papers' form; set by :func:`check_correctness`.
+        notes: why competitors have no row.
+    """
 
     method: str
     P: int
@@ -88,51 +85,66 @@ class Comparison:
     base: nn.Module
     ours: dict[str, Competitor] = field(default_factory=dict)
     others: dict[str, Competitor] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
+        """ "vpt-deep vit_base_patch16_224 P=10"."""
         return f"{self.method} {self.setting.model} P={self.P}{' compiled' if self.setting.compiled else ''}"
 
 
 def backbone(setting: Setting) -> nn.Module:
-    """timm's model with random weights, on the setting's device and in its dtype."""
+    """Return timm's model with random weights, on the setting's device and in its dtype."""
+    options = {} if setting.depth is None else {"depth": setting.depth}
     with torch.device(setting.device):
-        return (
-            timm.create_model(setting.model, img_size=setting.size, num_classes=CLASSES)
-            .to(setting.dtype)
-            .eval()
-        )
+        model = timm.create_model(setting.model, img_size=setting.size, num_classes=CLASSES, **options)
+    return model.to(setting.dtype).eval()
+
+
+class BareBackbone(nn.Module):
+    """The timm model without prompts; its class token trains, so that a backward runs through every block."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base: Any = copy.deepcopy(base).requires_grad_(False)
+        self.base.cls_token.requires_grad_(True)
+        self.base.head.requires_grad_(True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, classes] of images [B, C, h, w]."""
+        return self.base(images)
 
 
 def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Comparison:
-    """The package (and on a GPU its eager backend by name), concatenation, and, not compiled, the bare backbone.
+    """Return the package (on a GPU also its eager backend), the papers' form, and, not compiled, the bare backbone.
 
     `base` is copied; the copies share no memory.
     """
-    made = Comparison(method, P, setting, base)
-    ours = fastprompt.get_prompt_model(copy.deepcopy(base), METHODS[method].config(P)).train()
+    found = Comparison(method, P, setting, base)
+    config = METHODS[method](P, len(base.blocks))  # type: ignore[arg-type]
+    ours = fastprompt.get_prompt_model(copy.deepcopy(base), config).train()
     with torch.no_grad():
         for name, p in ours.named_parameters():
             if name.startswith(OWN):
-                p.add_(0.1 * torch.randn_like(p))  # as initialised, gates hide what passes through them
-    theirs = METHODS[method].baseline(base, ours).eval()
-    made.ours["fastprompt"] = Competitor(ours)
-    made.others["concatenation"] = Competitor(theirs)
+                p.add_(0.1 * torch.randn_like(p))  # gates as initialised hide what passes through them
+    theirs = paper_model(ours)
     if setting.compiled:
-        made.ours = {"fastprompt, compiled": Competitor(_compile(ours, setting))}
-        made.others = {"concatenation, compiled": Competitor(_compile(theirs, setting))}
-        return made
+        found.ours["fastprompt, compiled"] = Competitor(_compile(ours, setting))
+        found.others["concatenation, compiled"] = Competitor(_compile(theirs, setting))
+        return found
+    found.ours["fastprompt"] = Competitor(ours)
+    found.others["concatenation"] = Competitor(theirs)
     if backends("prompt_attention", setting.device)[0] != "eager":
-        made.ours["fastprompt, eager backend"] = Competitor(
+        found.ours["fastprompt, eager backend"] = Competitor(
             ours, _within(lambda: fastprompt.use_backend("eager"))
         )
     for kernel in setting.kernels:
-        made.others[f"concatenation, sdpa {kernel}"] = Competitor(
+        found.others[f"concatenation, sdpa {kernel}"] = Competitor(
             theirs, _within(lambda kernel=kernel: sdpa_kernel(baselines.SDPA[kernel]))
         )
-    made.others["bare backbone"] = Competitor(baselines.BareBackbone(base).eval())
-    return made
+    found.others["bare backbone"] = Competitor(BareBackbone(base).eval())
+    return found
 
 
 def _compile(model: nn.Module, setting: Setting) -> nn.Module:
@@ -148,26 +160,26 @@ def _within(context: Callable[[], Any]) -> Callable[[Callable[[], Any]], Any]:
 
 
 def draw(setting: Setting, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random images [B, 3, size, size] and labels [B]."""
+    """Draw images [B, 3, size, size] and labels [B]."""
     B, size = batch or setting.batch, setting.size
     images = torch.randn(B, 3, size, size, device=setting.device, dtype=setting.dtype)
     return images, torch.randint(0, CLASSES, (B,), device=setting.device)
 
 
 def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward, cross-entropy, backward; the optimizer's update is not part of it."""
+    """Run forward, cross-entropy and backward, without the optimizer's update and DA-VPT's metric loss."""
     model.zero_grad(set_to_none=True)
     F.cross_entropy(model(images), labels).backward()
 
 
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor) -> None:
-    """One forward."""
+    """Run one forward."""
     model(images)
 
 
 def results(competitor: Competitor, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-    """Logits, and the gradients of what the method trains."""
+    """Return the logits, and the gradients of the method's parameters."""
     model = competitor.model
     model.zero_grad(set_to_none=True)
 
@@ -177,65 +189,56 @@ def results(competitor: Competitor, images: Tensor, cotangent: Tensor) -> dict[s
         return logits.detach()
 
     logits = competitor.run(run)
-    own = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
-    return {"logits": logits, **{n: g for n, g in own.items() if n.startswith(OWN) and g is not None}}
+    gradients = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
+    return {"logits": logits, **{n: g for n, g in gradients.items() if n.startswith(OWN) and g is not None}}
 
 
-def gate(made: Comparison, names: Sequence[str] | None = None) -> dict[str, float | None]:
-    """The error of each competitor that computes the method; None for a bare backbone; the others become notes.
+def check_correctness(comparison: Comparison, names: Sequence[str] | None = None) -> dict[str, float | None]:
+    """Return the error of each competitor (of `names`) that computes the method; None for a bare backbone.
 
-    `names`: only these.
+    The others get a note. The papers' form in float64 is the truth, and in the setting's dtype the measure of rounding.
     """
-    images, _ = draw(made.setting)
-    plain = next(iter(made.others.values()))
-    # The definition, in float64, on the same images; the concatenating model is compared with the published code.
-    original = getattr(plain.model, "_orig_mod", plain.model)
-    wide = copy.deepcopy(original).double()
-    part = images[:2]  # float64 is slow, and an image knows nothing of the others
+    images, _ = draw(comparison.setting)
+    part = images[:2]  # float64 is slow, and an image does not depend on the others
     cotangent = torch.randn(len(part), CLASSES, device=images.device)
-    exact = results(Competitor(wide), part.double(), cotangent)
-    del wide
-    usual = _errors(results(Competitor(original), part, cotangent), exact)
-    full = torch.cat([cotangent, torch.zeros(len(images) - len(part), CLASSES, device=images.device)])
+    full = torch.cat([cotangent, cotangent.new_zeros(len(images) - len(part), CLASSES)])
+    paper = next(iter(comparison.others.values())).model
+    paper = getattr(paper, "_orig_mod", paper)
+    exact = results(Competitor(copy.deepcopy(paper).double()), part.double(), cotangent)
+    plain = results(Competitor(paper), part, cotangent)
+    comparison.reference = {"images": part, "exact": exact["logits"], "plain": plain["logits"]}
     errors: dict[str, float | None] = {}
-    for name, competitor in {**made.ours, **made.others}.items():
+    for name, competitor in {**comparison.ours, **comparison.others}.items():
         if names is not None and name not in names:
             continue
         try:
+            found = results(competitor, images, full)
             if name.startswith("bare backbone"):
-                results(competitor, images, full)
                 errors[name] = None
                 continue
-            got = results(competitor, images, full)
-            found = _errors({**got, "logits": got["logits"][: len(part)]}, exact)
-            eps = torch.finfo(made.setting.dtype).eps
-            wrong = {n: e for n, e in found.items() if not e <= 3 * usual[n] + 4 * eps}
-            if wrong:
-                worst = max(wrong, key=lambda n: wrong[n])
-                raise WrongResult(f"{worst}: error {found[worst]:.2e}, concatenation {usual[worst]:.2e}")
-            errors[name] = max(found.values())
+            found["logits"] = found["logits"][: len(part)]
+            assert_as_exact(found, plain, exact)
+            errors[name] = max(_error(found[n], x) for n, x in exact.items())
         except Exception as error:  # the others are still measured
-            made.notes.append(f"{made.name}: {name}: {type(error).__name__}: {first_line(error)}")
+            comparison.notes.append(f"{comparison.name}: {name}: {type(error).__name__}: {first_line(error)}")
     return errors
 
 
-def _errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    if got.keys() != exact.keys():
-        raise WrongResult(f"results {sorted(got)}, not {sorted(exact)}")
-    return {n: ((got[n].double() - w).norm() / w.norm()).item() for n, w in exact.items()}
+def _error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def rows(made: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -> Iterator[measure.Row]:
-    """Gate, then time every competitor in turn, in each mode; the rows of a mode come when it is done."""
+def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -> Iterator[measure.Row]:
+    """Check, then time every competitor in turn, in each mode; the rows of a mode come when it is done."""
     torch._dynamo.reset()
-    setting = made.setting
-    errors = gate(made)
-    competitors = {n: c for n, c in {**made.ours, **made.others}.items() if n in errors}
+    setting = comparison.setting
+    errors = check_correctness(comparison)
+    competitors = {n: c for n, c in {**comparison.ours, **comparison.others}.items() if n in errors}
     if not competitors:
         return
     images, labels = draw(setting)
     for mode in modes:
-        extra = _folded(made, errors, images) if mode == INFERENCE and not setting.compiled else {}
+        extra = _folded(comparison, errors) if mode == INFERENCE and not setting.compiled else {}
         steps = {
             name: step_of(competitor, mode, images, labels)
             for name, competitor in {**competitors, **extra}.items()
@@ -254,34 +257,39 @@ def rows(made: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -> Iter
                 metrics[name]["saved_bytes"] = float(kept)
         yield from measure.compare(
             times,
-            [*made.ours, *extra],
-            {**errors, **dict.fromkeys(extra, errors.get("fastprompt"))},
+            [*comparison.ours, *extra],
+            errors,
             metrics,
             measure.machine(setting.device),
-            suite=made.method,
+            suite=comparison.method,
             mode=mode,
-            shape={"model": setting.model, "B": setting.batch, "P": made.P},
+            shape={"model": setting.model, "B": setting.batch, "P": comparison.P},
             dtype=str(setting.dtype).removeprefix("torch."),
             rounds=setting.rounds,
         )
 
 
-def _folded(made: Comparison, errors: dict[str, float | None], images: Tensor) -> dict[str, Competitor]:
-    """The package's model folded for inference, if it gives the logits of the model that passed the gate."""
+def _folded(comparison: Comparison, errors: dict[str, float | None]) -> dict[str, Competitor]:
+    """Return the package's model folded for inference and note its error; nothing where its logits are wrong."""
+    name = "fastprompt, folded"
     if "fastprompt" not in errors:
         return {}
-    ours: Any = made.ours["fastprompt"].model
-    folded = ours.fold()
-    with torch.no_grad():
-        error = _errors({"logits": folded(images)}, {"logits": ours(images).double()})["logits"]
+    ours: Any = comparison.ours["fastprompt"].model
+    folded, reference = ours.fold(), comparison.reference
     ours.train()
-    if not error <= 32 * torch.finfo(images.dtype).eps:
-        made.notes.append(f"{made.name}: fastprompt, folded: WrongResult: logits off by {error:.2e}")
+    with torch.no_grad():
+        logits = folded(reference["images"])
+    try:
+        assert_as_exact(logits, reference["plain"], reference["exact"])
+    except WrongResult as error:
+        comparison.notes.append(f"{comparison.name}: {name}: WrongResult: {first_line(error)}")
         return {}
-    return {"fastprompt, folded": Competitor(folded)}
+    errors[name] = _error(logits, reference["exact"])
+    return {name: Competitor(folded)}
 
 
 def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> measure.Step:
+    """Return the step that is timed in `mode`."""
     if mode == TRAINING:
         return lambda: competitor.run(lambda: train_step(competitor.model, images, labels))
     return lambda: competitor.run(lambda: infer(competitor.model, images))

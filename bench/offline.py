@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be there, and read its machine code.
 
-    python -m bench.offline [--arch 80 90 100] [--module offline_<operation>] [--only NAME] [--entries] [--json FILE]
+    python -m bench.offline [--arch 80 90 100] [--operation NAME] [--only NAME] [--entries] [--json FILE]
 
 With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that make other code of
 them. One line a kernel; the exit status is 1 if any has a stack, spills, more shared memory than the card or, where
@@ -10,17 +10,17 @@ Hopper or Blackwell have matrix instructions of their own, products large enough
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 import triton
 
+from bench import cases
 from bench.offline_compile import Compiled, compiling
 from bench.sass import Machine, read
 from fastprompt.kernels.triton import launch
@@ -55,23 +55,15 @@ class Row:
         )
 
 
-def modules() -> list[str]:
-    """The modules `bench.offline_<operation>`, each with what to compile of its operation."""
-    return sorted(
-        path.stem for path in Path(__file__).parent.glob("offline_*.py") if path.stem != "offline_compile"
-    )
-
-
-def compile_all(arch: int, names: list[str], only: str = "", entries: bool = False) -> Iterator[Row]:
-    """Compile what the modules `names` launch for `arch`; a kernel with the same constants and dtypes counts once.
+def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool = False) -> Iterator[Row]:
+    """Compile what the operations `names` launch for `arch`; a kernel with the same constants and dtypes counts once.
 
     Kernels whose name holds `only`; no more than the `entries` of the tables.
     """
     seen: set[tuple[object, ...]] = set()
-    for module in names:
+    for operation in map(cases.load, names):
         with compiling(arch) as compiled:
-            found_in = importlib.import_module(f"bench.{module}")
-            for shape, call in chain(found_in.entries(), () if entries else found_in.variants()):
+            for shape, call in chain(operation.entries(), () if entries else operation.variants()):
                 call()
                 for found in compiled:
                     key = (found.name, found.kernel.hash)
@@ -115,7 +107,7 @@ def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--module", choices=modules(), nargs="+", default=modules())
+    parser.add_argument("--operation", choices=cases.NAMES, nargs="+", default=cases.NAMES)
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--entries", action="store_true", help="the entries of the tables alone")
     parser.add_argument("--json", type=Path, help="write the rows here too")
@@ -127,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}")
     rows = []
     for arch in options.arch:
-        for row in compile_all(arch, options.module, options.only, options.entries):
+        for row in compile_all(arch, options.operation, options.only, options.entries):
             print(row, flush=True)
             rows.append(row)
     if options.json:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,19 +36,28 @@ class PaperVPT(nn.Module):
     Holds copies of the parameters and buffers of `model`, under the same names; the same of them train.
     """
 
+    _concatenates: ClassVar[bool] = True
+    _needs_plain_blocks: ClassVar[bool] = False
+
     def __init__(self, model: PromptModel) -> None:
         super().__init__()
+        if self._needs_plain_blocks:
+            _require_plain_blocks(model)
         own = copy.deepcopy(model)
         for kind in ("_parameters", "_buffers", "_modules"):
             getattr(self, kind).update(getattr(own, kind))
-        self.config: Any = own.config
-        self.base: Any = own.base
-        for i, block in enumerate(self.base.blocks):
+        config: Any = own.config
+        base: Any = own.base
+        self.config, self.base = config, base
+        # Which of `prompts` enters a block; blocks without one carry the last prompts on.
+        self._entering = list(range(len(own.prompts)))
+        if getattr(config, "shared_across_blocks", False):
+            self._entering = [0] * (config.blocks or len(base.blocks))
+        for i, block in enumerate(base.blocks):
             if self._concatenates and hasattr(block.attn, "num_prefix_tokens"):
-                block.attn.num_prefix_tokens += self._rows_in(i)  # rotary embedding skips the prompts
+                rows = own.prompts[self._entering[min(i, len(self._entering) - 1)]].shape[0]
+                block.attn.num_prefix_tokens += rows  # rotary embedding skips the prompts
         self.train(model.training)
-
-    _concatenates = True
 
     def train(self, mode: bool = True) -> PaperVPT:
         """Set the mode; the frozen backbone stays in eval mode unless the configuration says otherwise."""
@@ -64,7 +73,7 @@ class PaperVPT(nn.Module):
         x = base.norm_pre(x)
         losses: list[Tensor] = []
         for i, block in enumerate(base.blocks):
-            if self._concatenates and i < self._prompted:
+            if self._concatenates and i < len(self._entering):
                 prompts = self.prompt_rows(i, len(x))
                 x = torch.cat([x[:, :prefix], prompts, x[:, prefix + P :]], dim=1)
                 P = prompts.shape[1]
@@ -78,7 +87,7 @@ class PaperVPT(nn.Module):
 
     def prompts_of(self, i: int) -> Tensor:
         """Return the prompts of block i, [P, D]."""
-        p = self.prompts[0 if getattr(self.config, "shared_across_blocks", False) else i]
+        p = self.prompts[self._entering[i]]
         return p if getattr(self.config, "project", None) is None else self.prompt_project(p)
 
     def prompt_rows(self, i: int, batch: int) -> Tensor:
@@ -96,32 +105,17 @@ class PaperVPT(nn.Module):
     def head(self, x: Tensor, P: int) -> Tensor:
         """Return the logits of the last block's tokens x [B, N + P, D]."""
         base, prefix = self.base, self.base.num_prefix_tokens
-        pool = getattr(self.config, "pool", "backbone")
-        x = base.norm(x)
+        x, pool = base.norm(x), self.config.pool
         if pool == "backbone":
             return base.forward_head(x if base.global_pool == "token" else without_prompts(x, prefix, P))
-        first, last = {"all": (prefix, None), "image": (prefix + P, None), "prompt": (prefix, prefix + P)}[
-            pool
-        ]
-        return base.head(base.head_drop(base.fc_norm(x[:, first:last].mean(1))))
-
-    @property
-    def _prompted(self) -> int:
-        """The number of blocks with prompts of their own."""
-        shared = getattr(self.config, "shared_across_blocks", False)
-        return (self.config.blocks or len(self.base.blocks)) if shared else len(self.prompts)
-
-    def _rows_in(self, i: int) -> int:
-        """The number of prompts among the rows of block i."""
-        return self.prompts[min(i, len(self.prompts) - 1)].shape[0]
+        rows = {"all": x[:, prefix:], "image": x[:, prefix + P :], "prompt": x[:, prefix : prefix + P]}[pool]
+        return base.head(base.head_drop(base.fc_norm(rows.mean(1))))
 
 
 class PaperGateVPT(PaperVPT):
     """GateVPT (Yoo et al., ICML 2023): prompt rows blended with those that entered, and a softmax temperature."""
 
-    def __init__(self, model: PromptModel) -> None:
-        _require_plain_blocks(model)
-        super().__init__(model)
+    _needs_plain_blocks = True
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | Output:
         if self.config.temperature is True:
@@ -152,10 +146,7 @@ class PaperCVPT(PaperVPT):
     """CVPT (Huang et al., ICCV 2025): all tokens attend to the block's prompts, by its self-attention's weights."""
 
     _concatenates = False
-
-    def __init__(self, model: PromptModel) -> None:
-        _require_plain_blocks(model)
-        super().__init__(model)
+    _needs_plain_blocks = True
 
     def block(self, i: int, block: Any, x: Tensor, rope: Tensor | None, P: int) -> Tensor:
         insert, cross = self.config.insert, partial(self._cross, block.attn, self.prompt_rows(i, len(x)))
@@ -189,8 +180,9 @@ class PaperCVPT(PaperVPT):
 class PaperDAVPT(PaperVPT):
     """DA-VPT (Ren et al., CVPR 2025): VPT-Deep, and a metric loss at the input of each guided block."""
 
+    _needs_plain_blocks = True
+
     def __init__(self, model: PromptModel) -> None:
-        _require_plain_blocks(model)
         if model.config.tune != "prompts":  # type: ignore[attr-defined]
             raise NotImplementedError(
                 "`paper_model`: DA-VPT needs tune='prompts', because timm packs q's frozen bias with those of k and v, "
@@ -205,7 +197,7 @@ class PaperDAVPT(PaperVPT):
         return self.prompt_norm(self.prompts[i]) if self.config.prompt_norm == "layer" else self.prompts[i]
 
     def block(self, i: int, block: Any, x: Tensor, rope: Tensor | None, P: int) -> Tensor:
-        if not getattr(self.config, "mask_prompts", False):
+        if not self.config.mask_prompts:
             return block(x)
         prefix, N = self.base.num_prefix_tokens, x.shape[1]
         seen = torch.ones(N, N, dtype=torch.bool, device=x.device)

@@ -2,8 +2,9 @@
 
     python -m bench.run [--out DIR] [--rounds N] [--suite NAME ...] [--quick]
 
-On a GPU if there is one, else on the CPU: ViT-B/16 at batch 8 in float32. Correctness is checked before each number;
-a comparison whose check fails is an error, and nothing is written.
+On a GPU if there is one, else on the CPU: ViT-B/16 at batch 8 in float32. Correctness is checked before each number.
+A comparison whose check fails is an error: `results.json` stays as it is, and what was measured until then is in
+`results.json.partial`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 
 import fastprompt
-from bench import measure, models, ops
+from bench import costs, measure, models, ops
+from bench.cases import operations
+from bench.correctness import Oracle, WrongResult
 from bench.report import RESULTS, tables
 
 PLANS = {"vpt-deep": (10, 50, 100), "gate-vpt": (50,), "cvpt": (10,)}
@@ -27,8 +30,8 @@ REPLACE, OPERATIONS = "replace-attention", "operations"
 SUITES = (*PLANS, REPLACE, OPERATIONS)
 
 
-def setting(device: str, rounds: int, quick: bool, model: str = "vit_base_patch16_224") -> models.Setting:
-    """What models are measured at."""
+def setting_for(device: str, rounds: int, quick: bool, model: str = "vit_base_patch16_224") -> models.Setting:
+    """Return the setting at which models are measured."""
     if quick:
         return models.Setting("test_vit", 48, 2, torch.float32, "cpu", 2, depth=2)
     if device == "cuda":
@@ -36,66 +39,58 @@ def setting(device: str, rounds: int, quick: bool, model: str = "vit_base_patch1
     return models.Setting(model, 224, 8, torch.float32, "cpu", rounds)
 
 
-def model_rows(method: str, how: models.Setting, prompts: Sequence[int]) -> Iterator[measure.Row]:
-    """One method against concatenation on timm's blocks and the bare backbone."""
-    base = models.backbone(how)
+def model_rows(method: str, setting: models.Setting, prompts: Sequence[int]) -> Iterator[measure.Row]:
+    """Yield the rows of one method against concatenation on timm's blocks and the bare backbone."""
+    base = models.backbone(setting)
     for P in prompts:
-        made = models.comparison(method, P, how, base)
-        found = list(models.rows(made))
-        _all_correct(made.notes)
+        comparison = models.comparison(method, P, setting, base)
+        found = list(models.rows(comparison))
+        _require_correct(comparison.notes)
         yield from found
 
 
 def replace_rows(names: Sequence[str], rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
-    """`replace_attention` alone against timm's own attention (SDPA): the time ratio is to stay at 1."""
+    """Yield the rows of `replace_attention` alone against timm's own attention (SDPA); its goal is a ratio of 1."""
     for name in names:
-        how = setting(device, rounds, quick, name)
-        own = models.backbone(how)
+        setting = setting_for(device, rounds, quick, name)
+        own = models.backbone(setting)
         fast = copy.deepcopy(own)
         fastprompt.replace_attention(fast, strict=True)
-        images, labels = models.draw(how)
-        with torch.no_grad():
-            exact = copy.deepcopy(own).double()(images[:4].double())
-            usual, error = (((m(images[:4]) - exact).norm() / exact.norm()).item() for m in (own, fast))
-        if not error <= 2 * usual + torch.finfo(how.dtype).eps:
-            raise SystemExit(f"bench: replace_attention: logits off by {error:.2e}, timm's by {usual:.2e}")
+        images, labels = models.draw(setting)
+        oracle = Oracle(own, {"x": images[:4]}, exact=copy.deepcopy(own).double(), backward=False)
+        try:
+            errors = {"replace_attention": oracle(fast), "timm": oracle(own)}
+        except WrongResult as error:
+            raise SystemExit(f"bench: replace_attention: logits: {error}; no time is reported") from error
         competitors = {"replace_attention": models.Competitor(fast), "timm": models.Competitor(own)}
         for mode in (models.TRAINING, models.INFERENCE):
             steps = {n: models.step_of(c, mode, images, labels) for n, c in competitors.items()}
             yield from measure.compare(
-                measure.interleaved(steps, how.rounds, device, graphs=False),
+                measure.interleaved(steps, setting.rounds, device, graphs=False),
                 ["replace_attention"],
-                {"replace_attention": error, "timm": usual},
+                errors,
                 {},
                 measure.machine(device),
                 suite=REPLACE,
                 mode=mode,
-                shape={"model": how.model, "B": how.batch},
-                dtype=str(how.dtype).removeprefix("torch."),
-                rounds=how.rounds,
+                shape={"model": setting.model, "B": setting.batch},
+                dtype=str(setting.dtype).removeprefix("torch."),
+                rounds=setting.rounds,
             )
 
 
 def operation_rows(rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
-    """Each operation at ViT-B's width."""
+    """Yield the rows of each operation at ViT-B's width."""
     B, N, H, D = (2, 17, 3, 48) if quick else (128, 197, 12, 768) if device == "cuda" else (8, 197, 12, 768)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    names = ("sdpa flash", "sdpa math", "products")
-    if device == "cuda":
-        names = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "flex")
-    cases = [ops.attention_case(B, N, P, H, D // H, dtype, device, names) for P in (0, 10, 50, 100)]
-    cases.append(ops.packed_case(B, N, 50, H, D // H, dtype, device, names))
-    cases += [ops.folded_case(B, N, P, H, D, dtype, device) for P in (10, 50)]
-    cases.append(ops.folded_norm_case(B, N, 10, H, D, dtype, device))
-    cases += [make(B, N + 50, 50, D, dtype, device) for make in (ops.blend_case, ops.blend_norm_case)]
-    cases.append(ops.row_case(B, N + 50, H, D, dtype, device))
-    for case in cases:
-        for mode in (ops.FORWARD, ops.BOTH):
-            yield from ops.rows(case, mode, rounds, device)
-        _all_correct(case.notes)
+    size = ops.Size(B, N, H, D, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    for operation in operations():
+        for case in operation.cases(size):
+            for mode in (ops.FORWARD, ops.BOTH):
+                yield from ops.rows(case, mode, rounds, device, autotuned=device == "cuda")
+            _require_correct(case.notes)
 
 
-def _all_correct(notes: Sequence[str]) -> None:
+def _require_correct(notes: Sequence[str]) -> None:
     wrong = [text for text in notes if "WrongResult" in text]
     if wrong:
         raise SystemExit(f"bench: {wrong[0]}; no time is reported")
@@ -104,10 +99,10 @@ def _all_correct(notes: Sequence[str]) -> None:
 
 
 def measured(suite: str, rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
-    """The rows of one suite."""
+    """Yield the rows of one suite."""
     if suite in PLANS:
         prompts = (5,) if quick else PLANS[suite]
-        return model_rows(suite, setting(device, rounds, quick), prompts)
+        return model_rows(suite, setting_for(device, rounds, quick), prompts)
     if suite == REPLACE:
         names = ("test_vit",) if quick else ("vit_small_patch16_224",)
         return replace_rows(names, rounds, quick, device)
@@ -115,7 +110,7 @@ def measured(suite: str, rounds: int, quick: bool, device: str) -> Iterator[meas
 
 
 def kept_rows(path: Path, machine: dict[str, Any], suites: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the suites that are not measured anew; they must come from the same set-up."""
+    """Return the rows of the suites that are not measured again; they must come from the same set-up."""
     if not path.exists():
         return []
     rows = [row for row in json.loads(path.read_text())["rows"] if suite_of(row) not in suites]
@@ -129,7 +124,7 @@ def kept_rows(path: Path, machine: dict[str, Any], suites: Sequence[str]) -> lis
 
 
 def suite_of(row: dict[str, Any]) -> str:
-    """The suite of `SUITES` that a row belongs to: the operations name themselves."""
+    """Return the suite of `SUITES` that a row belongs to: the operations name themselves."""
     return row["suite"] if row["suite"] in SUITES else OPERATIONS
 
 
@@ -153,16 +148,16 @@ def main() -> None:
     torch.manual_seed(0)
     path = arguments.out / "results.json"
     rows = kept_rows(path, measure.machine(device), arguments.suite)
-    for suite in SUITES:
-        if suite not in arguments.suite:
-            continue
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")  # what a run that is stopped leaves
+    for suite in [s for s in SUITES if s in arguments.suite]:
         for row in measured(suite, arguments.rounds, arguments.quick, device):
             rows.append(row.to_dict())
+            partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             print(f"{suite:<18} {row.mode:<16} {row.provider:<26} measured", file=sys.stderr, flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     partial.replace(path)
+    if arguments.out == default and not arguments.quick:
+        costs.write()
     print(tables({"rows": rows}))
 
 

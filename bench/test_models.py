@@ -1,7 +1,7 @@
 """Whole models under pytest-benchmark: `pytest bench/test_models.py --benchmark-only`, on a GPU if there is one.
 
-A training step and a forward for inference, eager and compiled, each method against concatenation. Every test checks
-logits and gradients first. On a CPU a tiny model, and compiled without a code generator: a check, not a measurement.
+A training step and a forward for inference, eager and compiled, each method against its paper's form. Every test checks
+logits and gradients first. On a CPU the model is tiny and compiled without code generation: a check, not a measurement.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ pytest.importorskip("pytest_benchmark")
 GPU = torch.cuda.is_available()
 
 
-def setting(compiled: bool) -> models.Setting:
-    """ViT-B/16 at batch 128 in bfloat16, or timm's smallest model."""
+def setting_for(compiled: bool) -> models.Setting:
+    """Return ViT-B/16 at batch 128 in bfloat16, or timm's smallest model."""
     if GPU:
         return models.Setting("vit_base_patch16_224", 224, 128, torch.bfloat16, "cuda", 10, compiled=compiled)
     return models.Setting(
@@ -43,19 +43,19 @@ def setting(compiled: bool) -> models.Setting:
 )
 def test_model(benchmark: Any, method: str, P: int, provider: str, mode: str, compiled: bool) -> None:
     torch._dynamo.reset()
-    how = setting(compiled)
-    made = models.comparison(method, P, how, models.backbone(how))
+    setting = setting_for(compiled)
+    comparison = models.comparison(method, P, setting, models.backbone(setting))
     name = f"{provider}, compiled" if compiled else provider
-    errors = models.gate(made, [name])
-    assert name in errors, made.notes
-    competitor = {**made.ours, **made.others}[name]
-    step = models.step_of(competitor, mode, *models.draw(how))
+    errors = models.check_correctness(comparison, [name])
+    assert name in errors, comparison.notes
+    competitor = {**comparison.ours, **comparison.others}[name]
+    step = models.step_of(competitor, mode, *models.draw(setting))
 
     def run() -> None:
         step()
         if GPU:
             torch.cuda.synchronize()
 
-    benchmark.group = f"{made.name} {mode}"
-    benchmark.extra_info.update(provider=name, error=errors[name], P=P, **measure.machine(how.device))
-    benchmark.pedantic(run, rounds=how.rounds, warmup_rounds=2)
+    benchmark.group = f"{comparison.name} {mode}"
+    benchmark.extra_info.update(provider=name, error=errors[name], P=P, **measure.machine(setting.device))
+    benchmark.pedantic(run, rounds=setting.rounds, warmup_rounds=2)

@@ -6,64 +6,48 @@ good for a look; what is published comes from interleaved rounds (`bench.run`, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from bench import measure, ops
+from bench.cases import operations
 
 pytest.importorskip("pytest_benchmark")
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16 if GPU else torch.float32
-B, N, H, D = (128, 197, 12, 768) if GPU else (2, 197, 3, 192)
-BASELINES = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "flex") if GPU else ("sdpa flash", "sdpa math")
-
-CASES: dict[str, Callable[[], ops.Case]] = {
-    **{
-        f"attention-P{P}": lambda P=P: ops.attention_case(
-            B, N, P, H, D // H, DTYPE, DEVICE, (*BASELINES, "products")
-        )
-        for P in (0, 10, 50, 100)
-    },
-    "packed-P50": lambda: ops.packed_case(B, N, 50, H, D // H, DTYPE, DEVICE, BASELINES),
-    "gated_blend": lambda: ops.blend_case(B, N + 50, 50, D, DTYPE, DEVICE),
-    "gated_blend_norm": lambda: ops.blend_norm_case(B, N + 50, 50, D, DTYPE, DEVICE),
-    "folded-P10": lambda: ops.folded_case(B, N, 10, H, D, DTYPE, DEVICE),
-    "folded-norm-P10": lambda: ops.folded_norm_case(B, N, 10, H, D, DTYPE, DEVICE),
-    "folded-P50": lambda: ops.folded_case(B, N, 50, H, D, DTYPE, DEVICE),
-    "row_attention": lambda: ops.row_case(B, N + 50, H, D, DTYPE, DEVICE),
-}
+SIZE = (
+    ops.Size(128, 197, 12, 768, torch.bfloat16, "cuda")
+    if GPU
+    else ops.Size(2, 197, 3, 192, torch.float32, "cpu")
+)
 
 
-def competitors() -> list[Any]:
-    """One parameter set for each competitor of each case."""
-    found = []
-    for name, make in CASES.items():
-        case = make()
-        found += [pytest.param(name, who, id=f"{name}-{who}") for who in (*case.ours, *case.others)]
-    return found
+def competitors() -> Iterator[Any]:
+    """Yield one parameter set for each competitor of each case."""
+    for operation in operations():
+        for case in operation.cases(SIZE):
+            for name in (*case.ours, *case.others, *(case.autotuned if GPU else ())):
+                yield pytest.param(case, name, id=f"{case.name}-{name}")
 
 
 @pytest.mark.parametrize("mode", [ops.FORWARD, ops.BOTH])
-@pytest.mark.parametrize(("name", "provider"), competitors())
-def test_operation(benchmark: Any, name: str, provider: str, mode: str) -> None:
+@pytest.mark.parametrize(("case", "provider"), competitors())
+def test_operation(benchmark: Any, case: ops.Case, provider: str, mode: str) -> None:
     torch._dynamo.reset()
-    case = CASES[name]()
-    error = ops.Judge(case, mode)({**case.ours, **case.others}[provider])
-    (step, *others) = ops.steps(case, mode, [provider], DEVICE)[provider]
+    error = case.oracle(mode)(case.competitors[provider])
+    steps = ops.steps(case, mode, [provider], SIZE.device)[provider]
 
     def run() -> None:
-        for one in (step, *others):
-            one()
+        for step in steps:
+            step()
         if GPU:
             torch.cuda.synchronize()
 
     benchmark.group = f"{case.name} {mode}"
     benchmark.extra_info.update(
-        provider=provider, calls=1 + len(others), error=error, shape=case.shape, **measure.machine(DEVICE)
+        provider=provider, calls=len(steps), error=error, shape=case.shape, **measure.machine(SIZE.device)
     )
     benchmark.pedantic(run, rounds=20 if GPU else 5, warmup_rounds=2)

@@ -3,12 +3,12 @@
     python -m bench.tune prompt_attention [--minutes 8] [--only TEXT] [--workers N] [--out DIR] [--dry-run]
     python -m bench.tune --list
 
-An operation's configurations stand in `kernels/triton/OPERATION_config.py`: a frozen dataclass `Config`, a dictionary
-`TABLE` from keys to configurations, and `candidates(key)`. For each key of this GPU's architecture, every candidate is
-put into the table and checked against float64, on a call that the key serves and on the widest one, in several
-processes, since most of the time goes into compiling; those that are right are timed, one process alone, in interleaved
-rounds. The file is written anew after each key, so that a run that is ended keeps what it has found. Without a GPU
-there is nothing to search: exit code 2.
+An operation's tile sizes are in `kernels/triton/OPERATION_config.py`: a frozen class `Config`, a dictionary `TABLE`
+from keys to configurations, and `candidates(key)`. For each key of this GPU's architecture, every candidate is put into
+the table and checked against float64, on a usual call that the key serves (`reach` in `bench.cases`) and on the widest
+one, in several processes, since compilation takes most of the time. The correct ones are timed in interleaved rounds by
+one process alone. The file is rewritten after each key, so that a run that is ended keeps what it has found. Without a
+GPU there is nothing to search: exit code 2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from bench import measure, ops
+from bench import cases, measure, ops
+from bench.correctness import Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "kernels" / "triton"
@@ -41,98 +42,37 @@ MARGIN = 0.98
 
 NAME = "fastprompt triton"
 
-Key = tuple[Any, ...]
+Key = Any  # a named tuple with `architecture` and `kernel`
 Table = dict[Key, Any]
 Call = tuple[ops.Case, str]
+Checks = list[tuple[Oracle, ops.Function]]
 # What a candidate took in ms, or why it was not measured.
 Found = list[tuple[Any, float | None, str]]
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-
-
-# Calls of B images that exercise a key: of a usual shape, or, `widest`, of the largest that the key serves.
-TIMED, JUDGED = 128, 16  # images; float64's results of 128 for each process would not fit
-
-
-def _attention(key: Key, B: int, widest: bool = False) -> Call:
-    """(architecture, kernel, widest head_dim, length, itemsize): the shapes that models have there."""
-    _, kernel, d, length, itemsize = key
-    N, P = {"short": (197, 50), "long": (577, 50), "one": (197, 50)}[length]
-    B = B // 2 if length == "long" else B
-    head_dim = d if widest or d == 64 else 80
-    case = ops.attention_case(B, N, P, 12, head_dim, DTYPES[itemsize], "cuda")
-    if length == "one":
-        draw = case.draw
-        case.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
-    return case, ops.FORWARD if kernel == "fwd" else ops.BOTH
-
-
-def _blend(key: Key, B: int, widest: bool = False) -> Call:
-    """(architecture, "forward" or "backward", width)."""
-    _, kind, width, _ = key
-    case = ops.blend_case(B, 247, 50, width if widest else width * 3 // 4, torch.bfloat16, "cuda")
-    return case, ops.FORWARD if kind == "fwd" else ops.BOTH
-
-
-def _folded(key: Key, B: int, widest: bool = False) -> Call:
-    """(architecture, kernel, most columns, itemsize): as many prompts as the columns hold, ViT-B's heads."""
-    _, kernel, columns, itemsize = key
-    split = importlib.import_module("fastprompt.kernels.triton.folded_cross_attention_config").split
-    P = max(P for P in range(1, columns // 12 + 1) if split(12, P).total <= columns)
-    case = ops.folded_norm_case if widest else ops.folded_case
-    return case(128, 197, P, 12, 768, DTYPES[itemsize], "cuda"), ops.FORWARD if kernel == "fwd" else ops.BOTH
-
-
-def _row(key: Key, B: int, widest: bool = False) -> Call:
-    """(architecture, kernel, most query rows times width, itemsize): the widest ViT there, its rows filled up to 16."""
-    _, kernel, size, itemsize = key
-    models = ((3, 192), (6, 384), (12, 768), (16, 1024), (16, 1280))
-    H, D = max((m for m in models if 16 * m[1] <= size), default=models[0])
-    if widest:
-        H, D = 8, size // 16 // 8 * 8
-    case = ops.row_case(B, 247, H, D, DTYPES[itemsize], "cuda")
-    return case, ops.FORWARD if kernel == "fwd" else ops.BOTH
-
-
-CALLS: dict[str, Callable[..., Call]] = {
-    "prompt_attention": _attention,
-    "gated_blend": _blend,
-    "folded_cross_attention": _folded,
-    "row_attention": _row,
-}
-
-
-def operations() -> list[str]:
-    """The operations that have both a table and a call to measure it with."""
-    return sorted(
-        name for path in FOLDER.glob("*_config.py") if (name := path.stem.removesuffix("_config")) in CALLS
-    )
+TIMED, CHECKED = 128, 16  # images; float64's results of 128 for each process would not fit
 
 
 def architecture() -> int:
-    """The key of this GPU's entries: 80, 90 or 100."""
+    """Return the architecture in the keys of this GPU's entries: 80, 90 or 100."""
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(0)[0], 80)
 
 
-Judged = list[tuple[ops.Judge, ops.Function]]
-
-
-def judges(calls: Sequence[Call]) -> Judged:
-    """Float64's results of each call, and the function to judge by them."""
+def checks(calls: Sequence[Call]) -> Checks:
+    """Return the exact results of each call, and the function to check against them."""
     for case, _ in calls:
         if NAME not in case.ours:
             raise NotImplementedError(
                 f"`tune`: {case.suite} has no Triton kernel here; see fastprompt.backends()"
             )
-    return [(ops.Judge(case, mode), case.ours[NAME]) for case, mode in calls]
+    return [(case.oracle(mode), case.ours[NAME]) for case, mode in calls]
 
 
-def fault(table: Table, key: Key, candidate: Any, judged: Judged) -> str | None:
-    """Why `candidate` cannot serve `key`: too much shared memory, too many registers, or wrong; or None."""
+def fault(table: Table, key: Key, candidate: Any, against: Checks) -> str | None:
+    """Return why `candidate` cannot serve `key`: too much shared memory, too many registers, or wrong; or None."""
     before, table[key] = table[key], candidate
     try:
-        for judge, function in judged:
-            judge(function)
+        for oracle, function in against:
+            oracle(function)
     except Exception as error:
         return f"{type(error).__name__}: {ops.first_line(error)}"
     finally:
@@ -141,7 +81,7 @@ def fault(table: Table, key: Key, candidate: Any, judged: Judged) -> str | None:
 
 
 def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[int, float]:
-    """Milliseconds of each candidate by its place; `table` is as before afterwards."""
+    """Return the milliseconds of each candidate by its place; `table` is as before afterwards."""
     case, mode = call
     before = table[key]
 
@@ -161,22 +101,29 @@ def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[
     return {i: times[str(i)]["p50"] for i in range(len(candidates))}
 
 
-def _module(operation: str) -> ModuleType:
+def config_of(operation: str) -> ModuleType:
+    """Return the module with the table of `operation`."""
     return importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
 
 
+def call_of(operation: str, key: Key, images: int, widest: bool = False) -> Call:
+    """Return a call of `images` images that runs the kernel of `key`."""
+    case = cases.load(operation).reach(key, images, widest)
+    return case, ops.FORWARD if key.kernel == "fwd" else ops.BOTH
+
+
 @functools.lru_cache(maxsize=1)
-def _judges_in_worker(operation: str, key: Key) -> Judged:
+def _checks_in_worker(operation: str, key: Key) -> Checks:
     torch.manual_seed(0)
-    return judges([CALLS[operation](key, JUDGED, widest) for widest in (False, True)])
+    return checks([call_of(operation, key, CHECKED, widest) for widest in (False, True)])
 
 
 def _fault_in_worker(operation: str, key: Key, candidate: Any) -> str | None:
-    return fault(_module(operation).TABLE, key, candidate, _judges_in_worker(operation, key))
+    return fault(config_of(operation).TABLE, key, candidate, _checks_in_worker(operation, key))
 
 
 def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExecutor, end: float) -> Found:
-    """Judge every candidate of `key` in `pool` until `end`, and time those that are right."""
+    """Check every candidate of `key` in `pool` until `end`, and time those that are right."""
     futures = [pool.submit(_fault_in_worker, operation, key, candidate) for candidate in candidates]
     _, late = wait(futures, max(0.0, end - time.monotonic()))
     found: Found = []
@@ -189,12 +136,12 @@ def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExe
             found.append((candidate, None, reason))
         else:
             right.append(candidate)
-    times = measured(_module(operation).TABLE, key, right, CALLS[operation](key, TIMED))
+    times = measured(config_of(operation).TABLE, key, right, call_of(operation, key, TIMED))
     return [*found, *((candidate, times[i], "measured") for i, candidate in enumerate(right))]
 
 
 def fastest(found: Found, before: Any) -> Any:
-    """The fastest candidate, or `before` if nothing is faster by more than the margin."""
+    """Return the fastest candidate, or `before` if nothing is faster by more than the margin."""
     times = {str(candidate): ms for candidate, ms, _ in found if ms is not None}
     best = min((c for c, ms, _ in found if ms is not None), key=lambda c: times[str(c)], default=before)
     if str(before) in times and times.get(str(best), 0.0) > MARGIN * times[str(before)]:
@@ -203,9 +150,10 @@ def fastest(found: Found, before: Any) -> Any:
 
 
 def rewrite(path: Path, table: Table) -> None:
-    """Put `table` in place of the value that `path` gives to `TABLE`, one entry a line; ruff formats it if it is there.
+    """Replace the value that `path` gives to `TABLE` with `table`, one entry a line; ruff, if installed, formats it.
 
-    Raises ValueError if the file assigns no `TABLE`, or means something else afterwards.
+    Raises:
+        ValueError: the file assigns no `TABLE`, or means something else afterwards.
     """
     text = path.read_text(encoding="utf-8")
     value = _value_of_table(path, text)
@@ -230,7 +178,7 @@ def rewrite(path: Path, table: Table) -> None:
 
 
 def loaded(path: Path) -> ModuleType:
-    """The module in the file at `path`, under a name of its own."""
+    """Return the module in the file at `path`, under a name of its own."""
     name = f"_tune_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -253,20 +201,20 @@ def _value_of_table(path: Path, text: str) -> ast.expr:
 
 
 def order(key: Key) -> tuple[bool, bool]:
-    """What most calls reach first: the 16-bit kernels, of attention the backward that most training steps run."""
-    return (4 in key, "bwd" not in key)
+    """Sort what most calls reach first: 16-bit kernels, of attention the backward that most training steps run."""
+    return getattr(key, "itemsize", 2) == 4, key.kernel != "bwd"
 
 
 def tune(operation: str, minutes: float, only: str, workers: int, save: Callable[[Table], None]) -> Table:
-    """Search the keys of this GPU's architecture that hold the text `only`, until the time is spent.
+    """Search the keys of this GPU's architecture that hold the text `only`, until the time is spent; return the table.
 
-    `save` gets the whole table after each key that changed. Returns the new table.
+    `save` gets the whole table after each key that changed.
     """
     end = time.monotonic() + 60 * minutes
-    module = _module(operation)
+    module = config_of(operation)
     table: Table = module.TABLE
     chosen = dict(table)
-    keys = sorted((k for k in table if k[0] == architecture() and only in str(k)), key=order)
+    keys = sorted((k for k in table if k.architecture == architecture() and only in str(k)), key=order)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for key in keys:
             if time.monotonic() > end:
@@ -301,7 +249,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operation", nargs="?", help="one of --list")
+    parser.add_argument(
+        "operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="one of --list"
+    )
     parser.add_argument("--list", action="store_true", help="print the operations that can be tuned")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", default="", help="keys that hold this text, such as 'bwd'")
@@ -310,12 +260,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the file as it is")
     given = parser.parse_args()
     if given.list:
-        print("\n".join(operations()))
+        print("\n".join(cases.NAMES))
         return 0
-    if given.operation not in operations():
-        parser.error(
-            f"there is no operation {given.operation!r} to tune; known are {', '.join(operations())}"
-        )
+    if given.operation is None:
+        parser.error(f"name an operation: {', '.join(cases.NAMES)}")
     if not torch.cuda.is_available():
         print("tune: there is no GPU here; tile sizes are found by measuring, so nothing was changed")
         return 2

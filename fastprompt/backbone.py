@@ -106,7 +106,8 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
             "convert and normalise them as the model was trained (`images.float() / 255`, then mean and std)"
         )
     embed = model.patch_embed
-    weight = next(embed.parameters(), None)
+    proj = embed.proj if isinstance(embed, PatchEmbed) else None
+    weight = proj.weight if isinstance(proj, nn.Conv2d) else next(embed.parameters(), None)
     if type(weight) is nn.Parameter:  # not a sharded or wrapped one, which is converted when it is used
         if images.device != weight.device and weight.device.type != "meta":
             raise ValueError(
@@ -120,9 +121,9 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
             )
     if not isinstance(embed, PatchEmbed):
         return
-    if isinstance(embed.proj, nn.Conv2d) and shape[1] != embed.proj.in_channels:
+    if isinstance(proj, nn.Conv2d) and shape[1] != proj.in_channels:
         raise ValueError(
-            f"`{caller}`: `images` must have {embed.proj.in_channels} channels, [B, C, h, w]; got {shape}; "
+            f"`{caller}`: `images` must have {proj.in_channels} channels, [B, C, h, w]; got {shape}; "
             f"move channels to dimension 1, or build the timm model with in_chans={shape[1]}"
         )
     height, width = shape[2:]

@@ -1,4 +1,4 @@
-"""Which prompt stands for which class: cosine k-means over the classes' mean features (DA-VPT, CVPR 2025)."""
+"""Assign prompts to classes: cosine k-means over the classes' mean features (DA-VPT, CVPR 2025)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ ROUNDS, TOLERANCE = 20, 1e-4
 
 
 def normalise(features: Tensor, norm: FeatureNorm) -> Tensor:
-    """Class features [C, D] as they are clustered: through a LayerNorm without affine part, to length 1, or as is."""
+    """Normalise class features [C, D] for clustering: LayerNorm without affine part, length 1, or unchanged."""
     if norm == "layer":
         return F.layer_norm(features, features.shape[-1:])
     return F.normalize(features, dim=-1) if norm == "l2" else features
 
 
 def cosine_kmeans(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """k-means by cosine: features [C, D], centroids [k, D] to start from -> assignment [C], centroids [k, D].
+    """Cosine k-means: features [C, D], initial centroids [k, D] -> assignment [C], centroids [k, D].
 
-    At most 20 rounds, fewer once the centroids' movements sum to less than 1e-4; an empty cluster keeps its centroid.
+    Runs at most 20 rounds, and stops when the centroids' movements sum to less than 1e-4. An empty cluster keeps its
+    centroid.
     """
     assignment = _nearest(features, centroids)
     for _ in range(ROUNDS):
@@ -52,13 +53,13 @@ def map_classes(
     Args:
         means: [C, D]; rows of classes without an image are not read.
         counts: [C], images of each class.
-        centroids: [k, D] of the last map, or None for a first one, which starts at random classes.
+        centroids: [k, D] of the last map; None starts at random classes.
         prompts: k. With as many classes as prompts, or fewer, the map is the identity.
-        norm: what class features pass through first.
+        norm: applied to the class features first.
         generator: draws the first centroids, and the prompts of classes without an image.
 
     Returns:
-        class → prompt [C] and centroids [k, D]; None where all classes came to one prompt: such a map is not used.
+        The prompt of each class [C] and the centroids [k, D]; None if all classes are assigned to one prompt.
 
     Raises:
         ValueError: fewer classes with images than prompts.

@@ -5,6 +5,7 @@ Proxy-Anchor (Kim et al., CVPR 2020) and Proxy-NCA in the form of DA-VPT's offic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -15,9 +16,10 @@ from fastprompt.ops.operator import accumulation_dtype
 
 
 def similarities(features: Tensor, proxies: Tensor, scale: float) -> Tensor:
-    """Scaled cosines of features [B, D] and proxies [P, D]: [B, P], in float32 or better."""
+    """Return the scaled cosines [B, P] of features [B, D] and proxies [P, D], in float32 or better."""
     wide = accumulation_dtype(torch.promote_types(features.dtype, proxies.dtype))
-    with torch.autocast(features.device.type, enabled=False):
+    # The meta device has no autocast.
+    with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
         return F.normalize(features.to(wide), dim=-1) @ (scale * F.normalize(proxies.to(wide), dim=-1)).mT
 
 
@@ -29,14 +31,14 @@ def proxy_loss(
     alpha: float,
     delta: float,
 ) -> Tensor:
-    """The loss of similarities [B, P], image b belonging to proxy `proxy_of_image[b]` ([B]); a scalar.
+    """Return the loss of similarities [B, P] where image b belongs to proxy `proxy_of_image[b]`; a scalar.
 
     Proxy-Anchor, with sums over images and the mean over all proxies:
 
         log(1 + Σ_own exp(-alpha · (sims - delta))) + log(1 + Σ_other exp(alpha · (sims + delta)))
 
-    Proxy-NCA: the same with sums over proxies and the mean over images. Each is one logsumexp, so that no exponential
-    of alpha · proxy_scale overflows.
+    Proxy-NCA: the same with sums over proxies and the mean over images. Each is one logsumexp, so no exponential of
+    alpha · proxy_scale overflows.
     """
     own = F.one_hot(proxy_of_image, sims.shape[1]).bool()
     dim = 0 if criterion == "proxy_anchor" else 1

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_check, gpu_parts, gpu_report, measure, ops
+from bench import cases, gpu_check, gpu_parts, gpu_report, measure, numerics, ops
+from bench.cases import prompt_attention
 
 
 def dry(seconds: float = 300.0) -> gpu_parts.Settings:
@@ -41,52 +42,72 @@ def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
         gpu_check.main(["--out", str(tmp_path), "--dry-run-cpu", "--parts", "attention,nothing"])
 
 
-def test_it_goes_on_after_a_crash_an_error_and_a_part_that_never_ends(
+def test_it_continues_after_a_crash_an_error_and_a_part_that_never_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_check, "LEAST", 0.0)
+    monkeypatch.setattr(gpu_check, "MIN_SECONDS", 0.0)
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir()
+    work.mkdir()
     stages = [
         [part("crash", "import os; print('so far', flush=True); os.abort()")],
         [part("error", "raise SystemExit('three things were wrong')"), part("beside", "print('done')")],
         [part("endless", "import time; print('waiting', flush=True); time.sleep(60)", seconds=2.0)],
         [part("last", "print('still here')")],
     ]
-    outcomes = gpu_check.run(stages, tmp_path, minutes=2.0)
-    assert [(o.name, o.status) for o in outcomes] == [
-        ("crash", "failed"),
-        ("error", "failed"),
-        ("beside", "ok"),
-        ("endless", "stopped"),
-        ("last", "ok"),
-    ]
-    assert outcomes[0].detail == "killed by SIGABRT; so far"
-    assert outcomes[1].detail == "three things were wrong"
-    assert outcomes[3].seconds < 30
-    assert gpu_check.finish(outcomes, tmp_path) == 1
-    assert "still here" in capsys.readouterr().out
+    started = time.monotonic()
+    assert gpu_check.run(stages, out, work, minutes=2.0) == 1
+    assert time.monotonic() - started < 40
+    table = [line.split(maxsplit=4) for line in (out / "table.txt").read_text().splitlines()]
+    found = {words[0]: (words[1], words[4]) for words in table if len(words) == 5 and words[3] == "s"}
+    assert found == {
+        "crash": ("failed", "killed by SIGABRT; so far"),
+        "error": ("failed", "three things were wrong"),
+        "beside": ("ok", "done"),
+        "endless": ("stopped", "at its limit; KeyboardInterrupt"),
+        "last": ("ok", "still here"),
+    }
+    assert capsys.readouterr().out.endswith((out / "table.txt").read_text())
+    assert "== error\nthree things were wrong" in (out / "failed.txt").read_text()
+    assert sorted(p.name for p in out.iterdir()) == ["failed.txt", "table.txt"]
 
 
 def test_what_there_is_no_time_for_is_skipped_with_a_line(tmp_path: Path) -> None:
-    outcomes = gpu_check.run([[part("first", "print(1)")]], tmp_path, minutes=0.15)
-    assert [(o.status, o.detail) for o in outcomes] == [("skipped", "no time is left")]
+    assert gpu_check.run([[part("first", "print(1)")]], tmp_path, tmp_path, minutes=0.15) == 0
+    assert "skipped" in (tmp_path / "table.txt").read_text()
+    assert "no time is left" in (tmp_path / "table.txt").read_text()
+
+
+def test_a_run_that_is_stopped_keeps_a_table_of_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records.jsonl").write_text('{"kind": "check", "name": "a", "ok": true, "detail": ""}\n')
+
+    def run_stage(parts: list[gpu_check.Part], work: Path, left: float) -> Iterator[gpu_check.Outcome]:
+        yield gpu_check.Outcome(parts[0].name, "ok", 1.0, "")
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_check, "run_stage", run_stage)
+    with pytest.raises(SystemExit):
+        gpu_check.run([[part("first", "")], [part("second", "")]], tmp_path, tmp_path, minutes=2.0)
+    table = (tmp_path / "table.txt").read_text()
+    assert "first" in table
+    assert "== checks: 1 passed, 0 failed" in table
 
 
 def test_parts_come_in_the_order_of_their_importance(tmp_path: Path) -> None:
-    names = [[p.name for p in stage] for stage in gpu_check.stages(tmp_path, dry=False, shards=2)]
-    assert names == [
+    stages = gpu_check.stages(tmp_path, tmp_path, dry=False, shards=2)
+    names = [[p.name for p in stage] for stage in stages]
+    assert names[:4] == [
         ["build"],
-        ["numerics-0", "numerics-1", "ways", "tests"],
-        ["attention"],
+        ["numerics-0", "numerics-1", "modes", "tests"],
+        ["prompt_attention"],
         ["models"],
-        ["flex"],
-        ["operations"],
-        ["compiled"],
     ]
-    assert {name.partition("-")[0] for stage in names for name in stage} == {
-        "build",
-        "tests",
-        *gpu_parts.PARTS,
-    }
+    assert names[-1] == ["compiled"]
+    every = {name.partition("-")[0] for stage in names for name in stage}
+    assert every == {"build", "tests", *gpu_parts.PARTS}
+    assert every >= set(cases.NAMES)
 
 
 # The parts ------------------------------------------------------------------------------------------------------------
@@ -101,44 +122,37 @@ def test_the_sweep_checks_every_operation_and_finds_nothing_wrong() -> None:
     found = [r for r in records("numerics", dry()) if r["kind"] == "check"]
     assert len(found) > 20
     assert [r for r in found if not r["ok"]] == []
-    assert {r["name"].split()[0] for r in found} >= {
-        "prompt_attention",
-        "gated_blend",
-        "folded_cross_attention",
-    }
+    assert {r["name"].split()[0] for r in found} >= set(cases.NAMES)
 
 
-def test_shards_share_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = [ops.attention_case(1, n, 0, 1, 8, torch.float32, "cpu") for n in (1, 2, 3, 4, 5)]
-    sweep = [replace(case, frozen=(str(n),)) for n, case in enumerate(sweep)]
-    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: sweep)
+def test_shards_share_the_sweep() -> None:
+    def shapes(*shard: int) -> list[Any]:
+        return sorted((c.name, str(c.dtype), c.frozen) for c in numerics.sweep("cpu", True, shard))
 
-    def names(shard: tuple[int, int]) -> list[str]:
-        settings = gpu_parts.Settings(True, time.monotonic() + 300, shard)
-        return [r["name"] for r in gpu_parts.PARTS["numerics"](settings) if r["kind"] == "check"]
-
-    assert len(names((0, 1))) == 5
-    assert len(names((0, 2))) == 3
-    assert sorted(names((0, 2)) + names((1, 2))) == sorted(names((0, 1)))
+    assert shapes(0, 2) != shapes(1, 2)
+    assert sorted(shapes(0, 2) + shapes(1, 2)) == shapes(0, 1)
+    assert {name.split()[0] for name, *_ in shapes(1, 4)} >= set(cases.NAMES)
 
 
-def test_a_backend_that_says_why_it_does_not_serve_a_call_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = ops.attention_case(1, 3, 0, 1, 8, torch.float32, "cpu")
+def sweep_of(case: ops.Case, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(numerics, "sweep", lambda device, tiny, shard: iter([case]))
+    return records("numerics", dry())
+
+
+def test_a_backend_that_says_why_it_does_not_support_a_call_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = prompt_attention.case(1, 3, 0, 1, 8, torch.float32, "cpu")
 
     def refuse(**inputs: Any) -> Any:
         raise NotImplementedError("head_dim 8 is too small")
 
     case.ours = {"fastprompt triton": refuse}
-    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: [case])
-    (found,) = records("numerics", dry())
+    (found,) = sweep_of(case, monkeypatch)
     assert found["kind"] == "note"
     assert found["text"].endswith(": head_dim 8 is too small")
 
 
-def test_the_sweep_reports_a_wrong_kernel_and_one_that_changes_its_mind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    case = ops.attention_case(2, 9, 3, 2, 8, torch.float32, "cpu")
+def test_the_sweep_reports_a_wrong_kernel_and_one_whose_results_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = prompt_attention.case(2, 9, 3, 2, 8, torch.float32, "cpu")
     exact = case.exact
     case.ours = {
         "wrong": lambda **inputs: exact(**inputs) * 1.01,
@@ -146,8 +160,7 @@ def test_the_sweep_reports_a_wrong_kernel_and_one_that_changes_its_mind(
         "forgetful": lambda **inputs: exact(**inputs) + torch.empty(2, 9, 2, 8),
         "right": exact,
     }
-    monkeypatch.setattr(gpu_parts.numerics, "cases", lambda device, tiny: [case])
-    found = {r["name"].split(": ")[-1]: r for r in records("numerics", dry())}
+    found = {r["name"].split(": ")[-1]: r for r in sweep_of(case, monkeypatch)}
     assert {name: r["ok"] for name, r in found.items()} == {
         "wrong": False,
         "unsteady": False,
@@ -158,35 +171,50 @@ def test_the_sweep_reports_a_wrong_kernel_and_one_that_changes_its_mind(
     assert "off by nan" in found["forgetful"]["detail"]
 
 
-@pytest.mark.parametrize("name", ["attention", "operations", "flex"])
+@pytest.mark.parametrize("name", [*cases.NAMES, "autotuned"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_times_are_taken_in_both_modes_and_fit_a_row(name: str) -> None:
     rows = [r for r in records(name, dry()) if r["kind"] == "row"]
     assert {r["mode"] for r in rows} == {ops.FORWARD, ops.BOTH}
     assert any(r["provider"].startswith("fastprompt") for r in rows)
+    assert any("flex" in r["provider"] for r in rows) == (name == "autotuned")
     for row in rows:
         measure.Row(**{k: v for k, v in row.items() if k != "kind"})
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "providers", "modes"),
     [
-        ("models", {"fastprompt", "concatenation", "bare backbone"}),
-        pytest.param("compiled", {"fastprompt, compiled", "concatenation, compiled"}, marks=pytest.mark.slow),
+        ("models", {"fastprompt", "concatenation", "bare backbone"}, {"training step", "inference"}),
+        pytest.param(
+            "compiled",
+            {"fastprompt, compiled", "concatenation, compiled"},
+            {"training step"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_models_are_timed_against_concatenation_and_the_bare_backbone(name: str, expected: set[str]) -> None:
+def test_models_are_timed_against_concatenation_and_the_bare_backbone(
+    name: str, providers: set[str], modes: set[str]
+) -> None:
     rows = [r for r in records(name, dry()) if r["kind"] == "row"]
-    assert {r["provider"] for r in rows if r["mode"] == "training step"} >= expected
-    assert {r["mode"] for r in rows} == {"training step", "inference"}
+    assert {r["provider"] for r in rows if r["mode"] == "training step"} >= providers
+    assert {r["mode"] for r in rows} == modes
 
 
 @pytest.mark.slow
-def test_every_way_of_running_a_model_is_checked() -> None:
-    found = {r["name"]: r for r in records("ways", dry())}
+def test_every_mode_of_execution_is_checked() -> None:
+    found = {r["name"]: r for r in records("modes", dry())}
     assert {name: r["detail"] for name, r in found.items() if not r["ok"]} == {}
     for what in ("torch.compile", "autocast", "DDP"):
-        assert len([name for name in found if name.startswith(what)]) == 3
+        assert len([name for name in found if name.startswith(what)]) == len(numerics.METHODS)
+
+
+def test_a_training_step_under_autocast_is_checked_and_a_wrong_one_is_found() -> None:
+    trained = numerics._Trained("vpt-deep", "cpu", autocast=True)
+    assert trained.check(trained.model).startswith("error ")
+    with pytest.raises(numerics.WrongResult, match="off by"):
+        trained.check(lambda images: 1.1 * trained.model(images))
 
 
 @pytest.mark.parametrize("name", sorted(gpu_parts.PARTS))
@@ -214,17 +242,23 @@ def test_a_cuda_error_ends_its_part() -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_writes_rows_checks_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    (tmp_path / "out").mkdir()
-    (out / "old.jsonl").write_text('{"kind": "check", "name": "of an earlier run", "ok": false}\n')
-    options = ["--out", str(out), "--dry-run-cpu", "--parts", "operations", "--shards", "1"]
+def test_a_dry_run_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "records.jsonl").write_text('{"kind": "check", "name": "of an earlier run", "ok": false}\n')
+    options = [
+        "--out",
+        str(tmp_path),
+        "--dry-run-cpu",
+        "--parts",
+        "gated_blend,row_attention",
+        "--shards",
+        "1",
+    ]
     assert gpu_check.main(options) == 0
     printed = capsys.readouterr().out
-    assert printed.endswith((out / "table.txt").read_text())
-    rows = json.loads((out / "rows.json").read_text())
-    assert {row["suite"] for row in rows} >= {"gated_blend", "folded_cross_attention", "row_attention"}
-    assert json.loads((out / "checks.json").read_text()) == []
+    assert printed.endswith((tmp_path / "table.txt").read_text())
+    found = gpu_report.collect(tmp_path / "records.jsonl")
+    assert {row["suite"] for row in found["rows"]} == {"gated_blend", "gated_blend_norm", "row_attention"}
+    assert found["checks"] == []
     assert "gated_blend forward B=2 N=67 P=50 D=24 fp32" in printed
 
 
@@ -238,8 +272,8 @@ def test_a_failed_check_is_in_the_table_and_in_the_exit_code(
         {"kind": "note", "text": "P=2, forward: sdpa cudnn: no kernel"},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "numerics-0.jsonl").write_text(text + '{"kind": "row", "cut sho')
-    assert gpu_check.finish([gpu_check.Outcome("numerics-0", "ok", 1.0, "")], tmp_path) == 1
+    (tmp_path / "records.jsonl").write_text(text + '{"kind": "row", "cut sho')
+    assert gpu_check.run([[]], tmp_path, tmp_path, minutes=1.0) == 1
     printed = capsys.readouterr().out
     assert "== checks: 1 passed, 1 failed" in printed
     assert "FAILED bad: off by 3" in printed

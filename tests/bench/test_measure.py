@@ -152,6 +152,22 @@ def test_the_run_measures_a_suite_and_keeps_the_others(
     assert "| CVPT | prompts |" in capsys.readouterr().out
 
 
+def test_a_run_that_is_stopped_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any) -> Iterator[measure.Row]:
+        yield compare()["fastprompt"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measured", measured)
+    monkeypatch.setattr(sys, "argv", ["run", "--quick", "--out", str(tmp_path), "--suite", "cvpt"])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    (row,) = json.loads((tmp_path / "results.json.partial").read_text())["rows"]
+    assert row["provider"] == "fastprompt"
+    assert not (tmp_path / "results.json").exists()
+
+
 class FakeDevice:
     """What `bench.measure` uses of `torch.cuda`, with a clock that the test sets: each step takes `ms`."""
 
@@ -222,8 +238,9 @@ def test_on_a_gpu_a_step_is_timed_by_events_around_all_of_its_inputs(
     }
 
 
-def test_models_are_not_captured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_not_captured_on_a_gpu_and_run_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(captures=True)
     device.install(monkeypatch)
-    assert measure.interleaved({"a": device.step(2.0)}, 3, "cuda", graphs=False)["a"]["clock"] == "events"
+    assert measure.interleaved({"a": device.step(20.0)}, 1, "cuda", graphs=False)["a"]["clock"] == "events"
     assert device.graphs == {}
+    assert device.now == 3 * 20.0 + 2 * 20.0 + measure.CALLS_MS  # warm, estimate, measure

@@ -7,9 +7,13 @@ from typing import Any
 import golden_files
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm_families import small
 from torch import Tensor, nn
 
 import fastprompt
+from bench.correctness import assert_same
+from bench.models import BareBackbone
 from bench.papers import paper_model
 from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig
 
@@ -30,15 +34,17 @@ def published(case: golden_files.Case, config: PromptConfig, base: Any, state: d
 def check(model: nn.Module, case: golden_files.Case, gradients: dict[str, Tensor]) -> None:
     """Compare the output and the gradients of the parameters that `gradients` names."""
     labels = case.tensors.get("labels")
-    out = model(case.tensors["input"]) if labels is None else model(case.tensors["input"], labels)
-    logits, loss = (out, 0) if labels is None else out
-    found, expected = [logits], [case.tensors["features" if "features" in case.tensors else "logits"]]
-    if labels is not None:
-        found, expected = [*found, loss], [*expected, case.tensors["metric_loss"][0]]
+    if labels is None:
+        logits, loss = model(case.tensors["input"]), 0
+    else:
+        logits, loss = model(case.tensors["input"], labels)
+        assert_same(loss, case.tensors["metric_loss"][0])
+    assert_same(logits, case.tensors["features" if "features" in case.tensors else "logits"])
     ((logits * case.tensors["cotangent"]).sum() + loss).backward()
-    found += [model.get_parameter(name).grad for name in gradients]
-    expected += [gradient.view_as(model.get_parameter(name)) for name, gradient in gradients.items()]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert_same(
+        {name: model.get_parameter(name).grad for name in gradients},
+        {name: gradient.view_as(model.get_parameter(name)) for name, gradient in gradients.items()},
+    )
 
 
 @pytest.mark.parametrize("name", golden_files.names("gatevpt_"))
@@ -71,7 +77,7 @@ def test_cvpt(name: str) -> None:
     check(model, case, of_blocks(case, "grad.Prompt_Tokens"))
 
 
-DA_VPT = [name for name in golden_files.names("davpt_") if name != "davpt_kmeans"]
+DA_VPT = [name for name in golden_files.names("davpt_") if name not in ("davpt_kmeans", "davpt_mask_all")]
 
 
 @pytest.mark.parametrize("name", DA_VPT)
@@ -101,3 +107,40 @@ def test_da_vpt(name: str) -> None:
         return {f"prompts.{i}": next(sources[i in guided]) for i in range(len(base.blocks))}
 
     check(published(case, config, base, in_order("prompt")), case, in_order("grad"))
+
+
+def test_da_vpt_with_masked_prompts() -> None:
+    tensors = golden_files.load("davpt_mask_all").tensors
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
+    base = VisionTransformer(**sizes, global_pool="avg", fc_norm=False).double()
+    config = DAVPTConfig(7, 3, (1, 2), prompt_norm="l2", pool="all", mask_prompts=True)
+    model = fastprompt.get_prompt_model(base, config).eval()
+    state = {key.removeprefix("state."): t for key, t in tensors.items() if key.startswith("state.")}
+    fastprompt.load_official_state_dict(model, state)
+    assert_same(paper_model(model)(tensors["input"].double()), tensors["logits"])
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        (
+            "eva02-fused-glu",
+            CVPTConfig(2),
+            "needs blocks of timm's `Block` with `Attention`; blocks.0 is EvaBlock",
+        ),
+        ("vit", DAVPTConfig(2, 2, (0, 0), tune="prompts+biases"), "needs tune='prompts'"),
+    ],
+)
+def test_what_is_not_written_is_refused(family: str, config: PromptConfig, message: str) -> None:
+    model = fastprompt.get_prompt_model(small(family), config)
+    with pytest.raises(NotImplementedError, match=message):
+        paper_model(model)
+
+
+def test_the_backward_of_the_bare_backbone_runs_through_every_block() -> None:
+    model = BareBackbone(golden_files.backbone(False))
+    seen: list[int] = []
+    for i, block in enumerate(model.base.blocks):
+        block.register_full_backward_hook(lambda *_, i=i: seen.append(i))
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
+    assert seen == [2, 1, 0]

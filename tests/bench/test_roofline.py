@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import ops, roofline
+from bench import cases, ops, roofline
+from bench.cases import folded_cross_attention, gated_blend, prompt_attention, row_attention
 
 B, N, P, H, d = 2, 13, 5, 3, 8
 SIZE = (torch.float32, "cpu")
 CASES = {
-    "attention": lambda: ops.attention_case(B, N, P, H, d, *SIZE),
-    "attention without prompts": lambda: ops.attention_case(B, N, 0, H, d, *SIZE),
-    "folded": lambda: ops.folded_case(B, N, P, H, H * d, *SIZE),
+    "attention": lambda: prompt_attention.case(B, N, P, H, d, *SIZE),
+    "attention without prompts": lambda: prompt_attention.case(B, N, 0, H, d, *SIZE),
+    "folded": lambda: folded_cross_attention.case(B, N, P, H, H * d, *SIZE),
 }
 
 
@@ -29,42 +30,35 @@ def counted(case: ops.Case, mode: str) -> int:
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 def test_operations_are_those_that_are_counted(make) -> None:
     case = make()
-    forward = counted(case, ops.FORWARD)
-    assert case.work.operations == forward
-    assert case.work_backward.operations == counted(case, ops.BOTH) - forward
+    forward, backward = case.work
+    assert forward.operations == counted(case, ops.FORWARD)
+    assert backward.operations == counted(case, ops.BOTH) - forward.operations
 
 
 def test_bytes_are_each_input_and_output_once() -> None:
-    inputs = ops.attention_case(B, N, P, H, d, *SIZE).draw()
+    case = prompt_attention.case(B, N, P, H, d, *SIZE)
+    inputs = case.draw()
     given = sum(x.nbytes for x in inputs.values())
     out, lse = inputs["q"].nbytes, 4 * B * H * N
-    assert roofline.attention(B, N, P, H, d, itemsize=4).bytes == given + out + lse
-    assert roofline.attention_backward(B, N, P, H, d, itemsize=4).bytes == 2 * given + 2 * out + lse
+    assert [work.bytes for work in case.work] == [given + out + lse, 2 * given + 2 * out + lse]
 
-    blend = ops.blend_case(B, N, P, d, *SIZE).draw()
-    read = sum(x.nbytes for name, x in blend.items() if name != "gate")
-    assert roofline.gated_blend(B, N, P, d, itemsize=4).bytes == read + blend["x"].nbytes
-
-    folded = ops.folded_case(B, N, P, H, d, *SIZE).draw()
-    assert roofline.folded(B, N, P, H, d, itemsize=4).bytes == (
-        sum(x.nbytes for x in folded.values()) + folded["x"].nbytes
-    )
-    normed = ops.folded_norm_case(B, N, P, H, d, *SIZE).draw()
     statistics = 2 * 4 * B * N
-    assert roofline.folded_norm(B, N, P, H, d, itemsize=4).bytes == (
-        sum(x.nbytes for x in normed.values()) + 2 * normed["x"].nbytes + statistics
-    )
+    for norm in (False, True):
+        case = gated_blend.case(B, N, P, d, *SIZE, norm=norm)
+        inputs = case.draw()
+        read = sum(x.nbytes for name, x in inputs.items() if name != "gate")
+        assert case.work[0].bytes == read + (1 + norm) * inputs["x"].nbytes + norm * statistics
+
+        case = folded_cross_attention.case(B, N, P, H, H * d, *SIZE, norm=norm)
+        inputs = case.draw()
+        read = sum(x.nbytes for x in inputs.values())
+        assert case.work[0].bytes == read + (1 + norm) * inputs["x"].nbytes + norm * statistics
 
 
-def test_columns_are_covered_with_the_least_that_the_pieces_allow() -> None:
-    tiles = roofline.Tiles()
-    expected = {1: 16, 50: 64, 150: 160, 197: 208, 207: 208, 209: 224, 241: 256, 256: 256, 257: 272, 297: 320}
-    assert {n: tiles.padded_columns(n) for n in expected} == expected
-    for n in range(1, 700):
-        assert n <= tiles.padded_columns(n) < n + 48
-    assert roofline.LOOPED.padded_columns(197) == 208
-    assert roofline.Tiles(columns=128, resident=0).padded_columns(197) == 256
-    assert [roofline.Tiles(rows=128).padded_rows(n) for n in (1, 128, 197)] == [128, 128, 256]
+def test_what_tiles_execute_is_counted_with_their_padding() -> None:
+    """197 queries fill 256 rows, and in the backward 224; 207 keys fill 208 columns, and in the backward 256."""
+    executed = [work.executed for work in prompt_attention.work(1, 197, 10, 1, 64)]
+    assert executed == [4 * 64 * 256 * 208, 10 * 64 * 224 * 256]
 
 
 def test_the_floor_is_the_largest_of_the_three_times() -> None:
@@ -75,16 +69,18 @@ def test_the_floor_is_the_largest_of_the_three_times() -> None:
     assert roofline.Work(bytes=7, operations=5).bound(chip) == "bytes"
 
 
-def test_no_tile_computes_less_than_is_needed() -> None:
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_no_tile_computes_less_than_is_needed(name: str) -> None:
     for vit in roofline.MODELS:
         for prompts in roofline.PROMPTS:
-            size = (128, vit.N, prompts, vit.H, vit.D // vit.H)
-            for work in (roofline.attention(*size), roofline.attention_backward(*size)):
-                assert work.executed >= work.operations > 0
-                assert work.with_padding().floor_us() >= work.floor_us()
+            for work in cases.load(name).floors(128, vit, prompts):
+                assert work.floor_us() > 0
+                if work.executed:
+                    assert work.executed >= work.operations > 0
+                    assert work.with_padding().floor_us() >= work.floor_us()
 
 
-def test_floors_of_the_kernel_that_a_class_token_needs_do_not_count_projected_rows() -> None:
+def test_row_attention_reads_little_but_its_rows() -> None:
     rows: Tensor = torch.empty(128, 197, 768, dtype=torch.bfloat16)
-    work = roofline.row_attention(128, 197, 0, 12, 768)
-    assert rows.nbytes < work.bytes < 1.1 * rows.nbytes
+    forward, _ = row_attention.work(128, 197, 0, 12, 768)
+    assert rows.nbytes < forward.bytes < 1.1 * rows.nbytes

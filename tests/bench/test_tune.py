@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ops, tune
+from bench import cases, ops, tune
+from bench.cases import prompt_attention
+
+by_operation = pytest.mark.parametrize("operation", cases.NAMES)
 
 
-@pytest.mark.parametrize("operation", tune.operations())
+@by_operation
 def test_a_rewritten_table_is_the_given_one_and_the_rest_of_the_file_stays(
     operation: str, tmp_path: Path
 ) -> None:
@@ -60,7 +63,7 @@ def test_the_fastest_must_win_by_more_than_noise() -> None:
 
 
 def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = ops.attention_case(2, 9, 3, 2, 8, torch.float32, "cpu")
+    case = prompt_attention.case(2, 9, 3, 2, 8, torch.float32, "cpu")
     exact = case.exact
     table: dict[tuple[Any, ...], Any] = {(90,): "old"}
 
@@ -81,8 +84,8 @@ def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.Mo
     monkeypatch.setattr(tune.measure, "interleaved", interleaved)
     monkeypatch.setattr(tune.measure, "input_sets", lambda size, device: 1)
     call = case, ops.FORWARD
-    judged = tune.judges([call, call])
-    faults = {c: tune.fault(table, (90,), c, judged) for c in ("old", "wrong", "crash", "new")}
+    checks = tune.checks([call, call])
+    faults = {c: tune.fault(table, (90,), c, checks) for c in ("old", "wrong", "crash", "new")}
     assert (faults["old"], faults["new"]) == (None, None)
     assert faults["wrong"] is not None
     assert faults["wrong"].startswith("WrongResult")
@@ -92,21 +95,33 @@ def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.Mo
     assert table == {(90,): "old"}
 
 
-@pytest.mark.parametrize("operation", tune.operations())
-def test_a_changed_table_changes_what_is_chosen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a launch asks remembers an entry, or all candidates would be timed as the first."""
-    module = importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
-    key = next(k for k in module.TABLE if k[0] == 90)
-    arguments = {
-        "prompt_attention": lambda: (key[1], 90, key[2], 197 if key[3] != "one" else 1, 100, key[4]),
-        "gated_blend": lambda: (90, key[1], key[2]),
-        "prompt_cross_attention": lambda: (90, key[1], key[2], key[3]),
-        "row_attention": lambda: (90, key[1], key[2], key[3]),
-    }[operation]()
-    assert module.choose(*arguments) is module.TABLE[key]
-    other = next(c for c in module.candidates(key) if c != module.TABLE[key])
-    monkeypatch.setitem(module.TABLE, key, other)
-    assert module.choose(*arguments) is other
+# The sizes by which the launchers of each operation choose an entry, from its key and the shape of a case.
+CHOICES: dict[str, Any] = {
+    "prompt_attention": lambda key, shape: (
+        *(shape["d"], 1 if key.length == "one" else shape["N"], shape["N"] + shape["P"], key.itemsize),
+    ),
+    "gated_blend": lambda key, shape: (shape["D"], key.norm),
+    "folded_cross_attention": lambda key, shape: (
+        *(tune.config_of("folded_cross_attention").split(shape["H"], shape["P"]).total, key.itemsize),
+    ),
+    "row_attention": lambda key, shape: (16 * shape["D"], key.itemsize),
+}
+
+
+@by_operation
+def test_every_entry_has_candidates_and_calls_that_reach_it(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operation's own `choose` finds the entry, and after a change the changed one: nothing remembers it."""
+    config = tune.config_of(operation)
+    for key in [key for key in config.TABLE if key.architecture == 90]:
+        other = next(c for c in config.candidates(key) if c != config.TABLE[key])
+        monkeypatch.setitem(config.TABLE, key, other)
+        for images, widest in ((tune.TIMED, False), (tune.CHECKED, True)):
+            case, mode = tune.call_of(operation, key, images, widest)
+            assert mode == (ops.FORWARD if key.kernel == "fwd" else ops.BOTH)
+            sizes = CHOICES[operation](key, case.shape)
+            assert config.choose(90, key.kernel, *sizes) is other, key
 
 
 def test_keys_of_the_most_used_kernels_come_first() -> None:
@@ -116,43 +131,11 @@ def test_keys_of_the_most_used_kernels_come_first() -> None:
     assert [k[4] for k in keys] == sorted(k[4] for k in keys)
 
 
-@pytest.mark.parametrize("operation", tune.operations())
-def test_every_key_has_candidates_and_a_call_that_reaches_it(
-    operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operation's own `choose` finds the entry by the sizes of the call."""
-    module = importlib.import_module(f"fastprompt.kernels.triton.{operation}_config")
-    for key in [key for key in module.TABLE if key[0] == 90]:
-        assert module.candidates(key), key
-        case, mode = tune.CALLS[operation](key, tune.TIMED)
-        sizes = case.shape
-        assert mode == (ops.FORWARD if key[1] in ("fwd", "forward") else ops.BOTH)
-        largest = tune.CALLS[operation](key, tune.JUDGED, widest=True)[0].shape
-        if operation == "prompt_attention":
-            queries = 1 if key[3] == "one" else sizes["N"]
-            keys = sizes["N"] + sizes["P"]
-            assert module.choose(key[1], 90, sizes["d"], queries, keys, key[4]) is module.TABLE[key]
-            assert largest["d"] == key[2]
-            assert largest["B"] * largest["H"] >= 96
-        elif operation == "gated_blend":
-            assert module.choose(90, key[1], sizes["D"]) is module.TABLE[key]
-            assert largest["D"] == key[2]
-        elif operation == "prompt_cross_attention":
-            total = module.split(sizes["H"], sizes["P"]).total
-            reached = min(
-                k[2] for k in module.TABLE if (k[0], k[1], k[3]) == (90, key[1], key[3]) and k[2] >= total
-            )
-            assert reached == key[2]
-        elif operation == "row_attention":
-            assert module.choose(90, key[1], 16 * sizes["D"], key[3]) is module.TABLE[key]
-            assert 16 * largest["D"] == key[2]
-
-
 def test_without_a_gpu_nothing_is_searched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["tune", tune.operations()[0]])
+    monkeypatch.setattr(sys, "argv", ["tune", cases.NAMES[0]])
     assert tune.main() == 2
     assert "no GPU" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["tune", "nothing"])
@@ -163,9 +146,9 @@ def test_without_a_gpu_nothing_is_searched(
 def test_what_is_found_is_saved_key_by_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    operation = "prompt_cross_attention"
-    table = tune._module(operation).TABLE
-    keys = sorted((k for k in table if k[0] == 90 and "forward" in k), key=tune.order)
+    operation = "folded_cross_attention"
+    table = tune.config_of(operation).TABLE
+    keys = sorted((k for k in table if k[0] == 90 and "fwd" in k), key=tune.order)
     calls = iter([{0: 2.0, 1: 1.0}, {0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}])
 
     def measured(table: Any, key: Any, candidates: list[Any], call: Any) -> dict[int, float]:
@@ -178,7 +161,7 @@ def test_what_is_found_is_saved_key_by_key(
     monkeypatch.setattr(tune, "_fault_in_worker", lambda operation, key, candidate: None)
     monkeypatch.setattr(tune, "measured", measured)
     saved: list[Any] = []
-    chosen = tune.tune(operation, 5.0, "forward", 2, lambda table: saved.append(dict(table)))
+    chosen = tune.tune(operation, 5.0, "fwd", 2, lambda table: saved.append(dict(table)))
     changed = [key for key in table if chosen[key] != table[key]]
     assert changed == [keys[0], keys[2]]
     assert [[key for key in table if found[key] != table[key]] for found in saved] == [changed[:1], changed]
@@ -192,5 +175,5 @@ def test_nothing_is_searched_when_the_time_is_over(
 ) -> None:
     monkeypatch.setattr(tune, "architecture", lambda: 90)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
-    assert tune.tune("gated_blend", 0.0, "", 1, pytest.fail) == tune._module("gated_blend").TABLE
+    assert tune.tune("gated_blend", 0.0, "", 1, pytest.fail) == tune.config_of("gated_blend").TABLE
     assert "the time ended before it; kept as it is" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import offline, sass
+from bench import cases, offline, sass
 from fastprompt.kernels.triton import prompt_attention_config as attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,16 +34,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", offline.modules())
+@pytest.mark.parametrize("operation", cases.NAMES)
 @pytest.mark.parametrize("arch", offline.ARCHITECTURES)
-def test_every_configuration_compiles_without_faults(arch: int, module: str, tmp_path: Path) -> None:
-    done = run("--entries", "--arch", str(arch), "--module", module, "--json", str(tmp_path / "rows.json"))
+def test_every_configuration_compiles_without_faults(arch: int, operation: str, tmp_path: Path) -> None:
+    names = ["--arch", str(arch), "--operation", operation]
+    done = run("--entries", *names, "--json", str(tmp_path / "rows.json"))
     faults = "\n".join(line for line in done.stdout.splitlines() if "FAULT" in line)
     assert done.returncode == 0, f"{faults}\n{done.stderr[-2000:]}"
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
-    if module == "offline_prompt_attention":
+    if operation == "prompt_attention":
         missing = [
             key for key in attention.TABLE if key[0] == arch and not any(holds(row, key) for row in rows)
         ]

@@ -1,4 +1,4 @@
-"""Which modules `replace_attention` refuses, its messages, and which of a user's own modules it replaces."""
+"""The modules that `replace_attention` refuses, its messages, and a user's own modules that it replaces."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_models_without_a_fixed_number_of_tokens_take_no_prompts() -> None:
         fastprompt.get_prompt_model(small("naflex"), fastprompt.VPTConfig(num_prompts=2))
 
 
-def test_a_users_own_model_of_timm_blocks_is_served() -> None:
+def test_a_users_own_model_of_timm_blocks_is_replaced() -> None:
     model = OwnModel().double()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     expected = model(x)
@@ -115,7 +115,7 @@ def test_a_users_model_may_be_called_attention() -> None:
     assert "MultiheadAttention: not one of the supported classes" in report.reason
 
 
-def test_a_lone_block_and_a_lone_attention_are_served() -> None:
+def test_a_lone_block_and_a_lone_attention_are_replaced() -> None:
     assert replace_attention(Block(48, 3)).replaced[0].name == "attn"
     assert replace_attention(Attention(48, 3)).replaced[0].name == ""
 

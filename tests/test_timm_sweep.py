@@ -37,7 +37,7 @@ REPLACED = {
 }
 # Models that take prompts, unless a block of theirs is refused.
 PROMPTED = set(REPLACED) - {"timm.models.naflexvit.NaFlexVit"}
-# Attention classes that are refused in some models of the table above, though served in others.
+# Attention classes that are refused in some models of the table above, though replaced in others.
 PARTLY = {"timm.layers.attention.AttentionRope": "grouped-query attention"}
 # Attention class -> why it is refused, as documented.
 REFUSED = dict(re.findall(r"^\| `(timm\.[\w.]+)` \| (.+?) \|$", DOCS.read_text(), flags=re.MULTILINE))

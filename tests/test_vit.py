@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What timm hands to its attention kernel, and gets: q, k, v and out as [B, N, H, d]."""
+    """Record the inputs and the output of timm's attention kernel: q, k, v and out as [B, N, H, d]."""
     found: dict[str, Tensor] = {}
     run = F.scaled_dot_product_attention
 

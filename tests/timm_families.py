@@ -28,7 +28,7 @@ IMAGE = (3, 32, 32)
 
 
 def accepts(cls: type, *names: str) -> bool:
-    """Whether this timm's `cls` takes the arguments `names`."""
+    """Return whether `cls` of the installed timm takes the arguments `names`."""
     return set(names) <= set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
 
 

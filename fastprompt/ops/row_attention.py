@@ -188,7 +188,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs` says which of d(query), d(rows), d(prompt_rows) somebody reads; the others are empty.
+# `needs`: whether d(query), d(rows), d(prompt_rows) are read; the others are empty.
 _BACKWARD = define_operator(
     "folded_row_attention_backward(Tensor grad, Tensor query, Tensor rows, Tensor? prompt_rows, Tensor context, "
     "Tensor lse, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",

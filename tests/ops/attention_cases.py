@@ -6,7 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastprompt.ops import AttentionWeights
 
 
 class Shape(NamedTuple):
@@ -186,3 +189,20 @@ def by_loops(
                 rows.append(sum((w / total * value for w, value in zip(weights, values, strict=True))))
     B, Nq, H, d = q.shape
     return torch.stack(rows).view(B, H, Nq, d).transpose(1, 2)
+
+
+def cross_attention(
+    x: Tensor, prompts: Tensor, weights: AttentionWeights, H: int, scale: float | None = None
+) -> Tensor:
+    """CVPT's cross-attention as its equations stand, by matmul and softmax in the inputs' dtype."""
+    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, proj_weight, proj_bias = weights
+
+    q = F.linear(x, q_weight, q_bias)
+    k, v = F.linear(prompts, k_weight, k_bias), F.linear(prompts, v_weight, v_bias)
+    d = q.shape[-1] // H
+    outs = []
+    for h in range(H):
+        part = slice(h * d, (h + 1) * d)
+        scores = q[..., part] @ k[..., part].mT * (d**-0.5 if scale is None else scale)
+        outs.append(scores.softmax(-1) @ v[..., part])
+    return F.linear(torch.cat(outs, -1), proj_weight, proj_bias)

@@ -139,6 +139,6 @@ def test_autocast_runs_it_in_low_precision_and_trains_the_temperature_in_float32
     with torch.autocast("cpu", torch.bfloat16):
         oracle = Oracle(plain, draw(SIZES["class token"], torch.float32))
         got = oracle.evaluate(row_attention)
-    oracle.check(got)
+        oracle.check(got)
     assert got["output"].dtype == torch.bfloat16
     assert got["gradient of temperature"].dtype == torch.float32

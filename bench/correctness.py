@@ -94,7 +94,7 @@ def evaluate(
         trainable: the inputs that get a gradient; default all floating-point ones.
 
     Returns:
-        "output", or "output 0", "output 1", ... where there are several; and "gradient of NAME" for each input.
+        "output", or "output 0", "output 1", ... of several that are not None; and "gradient of NAME" for each input.
     """
     if cotangents is None:
         with torch.no_grad():
@@ -300,6 +300,5 @@ def _named(results: Results, name: str = "") -> dict[str, Tensor]:
 
 
 def _outputs(out: Any) -> dict[str, Tensor]:
-    if isinstance(out, Tensor):
-        return {"output": out}
-    return {f"output {i}": x for i, x in enumerate(out) if x is not None}
+    outs = [out] if isinstance(out, Tensor) else [x for x in out if x is not None]
+    return {"output" if len(outs) == 1 else f"output {i}": x for i, x in enumerate(outs)}

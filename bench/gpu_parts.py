@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Settings:
-    """What a part is told: `dry` runs tiny shapes on a CPU; `shard` i of n takes every n-th case."""
+    """The settings of a part: `dry` runs tiny shapes on a CPU; `shard` i of n takes every n-th round of the sweep."""
 
     dry: bool
     end: float
@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="what the records call the part; default its own name")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from the i-th on")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th round of the sweep from the i-th on")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--dry-run-cpu", action="store_true")
     given = parser.parse_args()

@@ -70,12 +70,13 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line for each comparison and each of our competitors in it."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["suite"], row["mode"], json.dumps(row["shape"]), row["dtype"], row["baseline"]
+        shape = json.dumps(row["shape"])
+        key = row.get("part"), row["suite"], row["mode"], shape, row["dtype"], row["baseline"]
         groups.setdefault(key, []).append(row)
     lines = [
         f"{'what':<62} {'ours':<26} {'p50':>9} {'baseline':<26} {'p50':>9} {'ratio':>6} {'floor':>6} {'error':>8}"
     ]
-    for (suite, mode, shape, dtype, baseline), group in groups.items():
+    for (_, suite, mode, shape, dtype, baseline), group in groups.items():
         best = next((r for r in group if r["provider"] == baseline), None)
         if best is None:
             continue

@@ -1,7 +1,7 @@
-"""How things are measured: interleaved rounds on a CPU or a GPU, rows as data, operations, memory, and what machine.
+"""Measure: interleaved rounds on a CPU or a GPU, rows as data, operations, memory, and the name of the machine.
 
 On a GPU each operation is captured as a CUDA graph of one call for each of several sets of inputs, together larger than
-the cache, and CUDA events time its replays: no launch gaps, and nothing read from a warm cache.
+the cache, and CUDA events time its replays: no launch gaps, and nothing is read from a warm cache.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Row:
     commit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they stand in `results.json`."""
+        """Return the fields as `results.json` has them."""
         return asdict(self)
 
 
@@ -85,7 +85,7 @@ def compare(
     rounds: int,
     baseline: str | None = None,
 ) -> list[Row]:
-    """The rows of one comparison; `baseline` None takes the fastest competitor that is not in `ours`."""
+    """Return the rows of one comparison; `baseline` defaults to the fastest competitor that is not in `ours`."""
     clock = next(iter(times.values())).get("clock", "wall")
     by = "min" if clock == "wall" else "p50"
     others = [name for name in times if name not in set(ours) and errors.get(name) is not None]
@@ -124,17 +124,18 @@ def interleaved(
     graphs: bool = True,
     warm: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Run every competitor once a round, in turn, so that what disturbs the machine disturbs all of them.
+    """Run every competitor once a round, in turn, so that a disturbance of the machine affects all of them.
 
     Args:
         steps: for each competitor one step, or several that do the same on other inputs; all are run in a round.
-        rounds: how many.
+        rounds: number of rounds.
         device: "cpu", or "cuda" for events on the device.
         graphs: on "cuda", capture each competitor; False times plain calls, as an uncaptured program makes them.
         warm: on a CPU, run each once before the first round.
 
-    Returns, for each: time of one step in ms (`min`, `p20`, `p50`, `p80`), `clock`, and on a CPU the least CPU time,
-    `cpu_min`.
+    Returns:
+        For each, the time of one step in ms (`min`, `p20`, `p50`, `p80`), `clock`, and on a CPU the least CPU time,
+        `cpu_min`.
     """
     sets = {name: [s] if callable(s) else list(s) for name, s in steps.items()}
     if device.startswith("cuda"):
@@ -171,7 +172,7 @@ def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str,
 
 
 def _captured(steps: list[Step]) -> tuple[Step, str]:
-    """One replay of all `steps` as a graph and "graph"; plain calls and "events" where they cannot be captured."""
+    """Capture all `steps` and return a replay and "graph", or plain calls and "events" if they cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -202,7 +203,7 @@ def _plain(steps: list[Step]) -> tuple[Step, str]:
 
 
 def _events(run: Step, repeats: int) -> float:
-    """Milliseconds on the device for `repeats` runs."""
+    """Return the milliseconds on the device for `repeats` runs."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -213,19 +214,19 @@ def _events(run: Step, repeats: int) -> float:
 
 
 def _order(names: Iterable[str], i: int) -> list[str]:
-    """Every other round runs backwards, so that nobody always comes after the same neighbour."""
+    """Reverse every other round, so that no competitor always follows the same one."""
     return list(names) if i % 2 == 0 else list(names)[::-1]
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """`min`, `p20`, `p50` and `p80` of times in ms, to a tenth of a microsecond."""
+    """Return `min`, `p20`, `p50` and `p80` of times in ms, to a tenth of a microsecond."""
     cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     named = {"min": min(times), "p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
     return {name: round(value, 4) for name, value in named.items()}
 
 
 def input_sets(bytes_of_one: int, device: str) -> int:
-    """How many sets of inputs to rotate among, so that together they are at least three times the cache."""
+    """Return the number of sets of inputs to rotate among: together at least three times the cache."""
     if not device.startswith("cuda"):
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -233,7 +234,7 @@ def input_sets(bytes_of_one: int, device: str) -> int:
 
 
 def peak_bytes(step: Step, device: str) -> dict[str, float]:
-    """{"peak_bytes": most memory that `step` held beyond what was held before it}; nothing on a CPU."""
+    """Return {"peak_bytes": most memory that `step` allocated at a time}; nothing on a CPU."""
     if not device.startswith("cuda"):
         return {}
     step()
@@ -246,14 +247,14 @@ def peak_bytes(step: Step, device: str) -> dict[str, float]:
 
 
 def operations(step: Step) -> int:
-    """Floating-point operations of the matrix products in `step`, as FlopCounterMode counts them."""
+    """Return the floating-point operations of the matrix products in `step`, as FlopCounterMode counts them."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def saved_bytes(forward: Step, parameters: Iterable[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward: distinct storages, parameters excluded."""
+    """Return the bytes that `forward` keeps for its backward: distinct storages, parameters excluded."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
@@ -270,7 +271,7 @@ def saved_bytes(forward: Step, parameters: Iterable[Tensor]) -> int:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a number was measured on: `device` by name, `versions` (and threads), `commit`."""
+    """Return what a number was measured on: `device` by name, `versions` (and threads), `commit`."""
     versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     versions.update((name, _version(name)) for name in ("timm", "triton"))
     if device.startswith("cuda"):
@@ -283,7 +284,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def folder_name(device: str) -> str:
-    """The folder of `bench/results/` for a device: "cpu", or a GPU's name such as "nvidia-h200"."""
+    """Return the folder of `bench/results/` for a device: "cpu", or a GPU's name such as "nvidia-h200"."""
     if not device.startswith("cuda"):
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")

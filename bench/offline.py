@@ -2,9 +2,9 @@
 
     python -m bench.offline [--arch 80 90 100] [--operation NAME] [--only NAME] [--entries] [--json FILE]
 
-With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that make other code of
-them. One line a kernel; the exit status is 1 if any has a stack, spills, more shared memory than the card or, where
-Hopper or Blackwell have matrix instructions of their own, products large enough for them that do not use them.
+With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that compile to other
+code. One line a kernel. The exit status is 1 if a kernel has a stack, spills or more shared memory than the card, or if
+its products do not use the matrix instructions of Hopper or Blackwell although they are large enough.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel: what was launched, with which constants, and what the compiler made of it."""
+    """One compiled kernel: its launch, its constants, and its machine code."""
 
     arch: int
     kernel: str
@@ -56,9 +56,9 @@ class Row:
 
 
 def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool = False) -> Iterator[Row]:
-    """Compile what the operations `names` launch for `arch`; a kernel with the same constants and dtypes counts once.
+    """Compile the kernels whose name holds `only` that the operations `names` launch for `arch`, each code once.
 
-    Kernels whose name holds `only`; no more than the `entries` of the tables.
+    `entries`: those of the tables alone.
     """
     seen: set[tuple[object, ...]] = set()
     for operation in map(cases.load, names):
@@ -87,21 +87,18 @@ def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool =
 
 
 def _dtype(found: Compiled) -> str:
-    """What the kernel's first pointer points to: its input's dtype."""
+    """Return the dtype that the kernel's first pointer points to, its input's."""
     return next(kind[1:] for kind in found.kernel.src.signature.values() if kind.startswith("*"))
 
 
 def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
-    """Warp-level products where the architecture has better ones: only tiles of fewer than 64 rows may use them."""
-    if arch == 90 and machine.matrix.get("HMMA") and "HGMMA" not in machine.matrix:
-        return (
-            None
-            if found.constants.get("BLOCK_M", 64) < 64 and "KEYS" not in found.constants
-            else "HMMA on Hopper"
-        )
-    if arch == 100 and machine.matrix.get("HMMA") and "UTCHMMA" not in machine.matrix:
-        return None if found.constants.get("BLOCK_M", 64) < 64 else "HMMA on Blackwell"
-    return None
+    """Return a fault for warp-level products where the architecture has better ones, in tiles of 64 rows or more."""
+    better = {90: "HGMMA", 100: "UTCHMMA"}.get(arch)
+    if better is None or "HMMA" not in machine.matrix or better in machine.matrix:
+        return None
+    resident = arch == 90 and "KEYS" in found.constants  # its products are tall in keys
+    small = found.constants.get("BLOCK_M", 64) < 64 and not resident
+    return None if small else f"HMMA instead of {better}"
 
 
 def main(arguments: list[str] | None = None) -> int:

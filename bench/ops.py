@@ -120,7 +120,7 @@ class Operation:
 
 
 def backends(operation: str, device: str) -> list[str]:
-    """Return the backends with a kernel for `operation` in this process that are made for `device`.
+    """Return the backends with a kernel for `operation` in this process that run on `device`.
 
     Triton's interpreter is left out: it checks indexing on a CPU, slowly, which the tests do.
     """

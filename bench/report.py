@@ -22,7 +22,7 @@ METHODS = {"vpt-deep": "VPT-Deep", "gate-vpt": "GateVPT", "cvpt": "CVPT"}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows of whole models as Markdown."""
+    """Return the rows of whole models as Markdown."""
     rows = [row for row in result["rows"] if row["suite"] in METHODS or row["suite"] == "replace-attention"]
     first = rows[0]
     versions = first["versions"]
@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """:func:`table`, and the single operations: ours beside the fastest of the others."""
+    """Return :func:`table`, and the single operations: ours beside the fastest of the others."""
     parts = []
     if any(row["suite"] in METHODS or row["suite"] == "replace-attention" for row in result["rows"]):
         parts.append(table(result))
@@ -75,7 +75,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def pairs(rows: Sequence[Row], suite: str) -> list[tuple[Row, Row]]:
-    """Each row of ours in `suite`, with the row of the baseline that its ratio compares with."""
+    """Return each row of ours in `suite`, with the row of the baseline that its ratio compares with."""
 
     def comparison(row: Row) -> tuple[Any, ...]:
         return row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
@@ -89,7 +89,7 @@ def pairs(rows: Sequence[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def _best(row: Row) -> float:
-    """The time that tables compare: the least on a CPU, whose other work only adds, the median on a GPU."""
+    """Return the time that tables compare: the least on a CPU, whose other work only adds, the median on a GPU."""
     return row["min"] if row["clock"] == "wall" else row["p50"]
 
 
@@ -112,7 +112,7 @@ def _replace_line(row: Row, other: Row) -> str:
 
 
 def _commits(rows: Sequence[Row]) -> str:
-    """Which suite was measured at which commit; one commit, where it is the same for all."""
+    """Return the commit of each suite; one commit, where it is the same for all."""
     commits = {row["suite"]: row["commit"] for row in rows}
     if len(set(commits.values())) == 1:
         return f"at commit {rows[0]['commit']}"
@@ -120,7 +120,7 @@ def _commits(rows: Sequence[Row]) -> str:
 
 
 def written(readme: str, result: dict[str, Any]) -> str:
-    """`readme` with the tables of `result` between its markers."""
+    """Return `readme` with the tables of `result` between its markers."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table(result)}\n{END}{after}"

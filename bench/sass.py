@@ -1,4 +1,4 @@
-"""What a compiled kernel costs, read off its machine code: registers, stack, spills, shared memory, instructions."""
+"""Read registers, stack, spills, shared memory and instructions of a compiled kernel off its machine code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Machine:
     matrix: dict[str, int]
 
     def fault(self, arch: int) -> str | None:
-        """Why this code must not ship for `arch`, or None."""
+        """Return why this code must not be used on `arch`, or None."""
         if self.stack or self.spills:
             return f"{self.stack} bytes of stack and {self.spills} local loads and stores"
         if self.shared > SHARED_LIMIT[arch]:

@@ -1,7 +1,7 @@
-"""Draw what prompts do, with `fastprompt.viz`: the figures of docs/seeing.md, from scratch and with no download.
+"""Draw the figures of docs/seeing.md with `fastprompt.viz`, from scratch and without a download.
 
-A small ViT learns scikit-learn's handwritten digits 0 to 4 and is frozen; prompts of three methods then learn the
-digits 5 to 9, each for a few seconds, and are drawn.
+A small ViT learns scikit-learn's handwritten digits 0 to 4 and is frozen. Prompts of three methods then learn the
+digits 5 to 9, each for a few seconds.
 
     python -m examples.seeing --out docs/images
 """
@@ -32,7 +32,7 @@ METHODS: dict[str, fastprompt.PromptConfig] = {
 
 
 def trained(epochs: int, tuning_epochs: int) -> tuple[dict[str, Any], LabelledImages]:
-    """A model for each method, and held-out images of the digits 5 to 9."""
+    """Return a trained model of each method, and held-out images of the digits 5 to 9."""
     held_out, train = split_per_class(digits(range(5)), 90, seed=0)
     setting = Backbone(depth=4, epochs=epochs)
     backbone, _, accuracy = train_backbone(setting, train, held_out, seed=0, device=torch.device("cpu"))
@@ -41,7 +41,7 @@ def trained(epochs: int, tuning_epochs: int) -> tuple[dict[str, Any], LabelledIm
     models: dict[str, Any] = {}
     for name, config in METHODS.items():
         own = copy.deepcopy(backbone)
-        torch.manual_seed(0)  # the new head's and the prompts' first values
+        torch.manual_seed(0)  # for the new head and the prompts
         own.reset_classifier(len(NEW))
         models[name] = model = fastprompt.get_prompt_model(own, config)
         batches = Batches(train, 20, seed=0, transform=augment)
@@ -53,7 +53,7 @@ def trained(epochs: int, tuning_epochs: int) -> tuple[dict[str, Any], LabelledIm
 
 
 def figures(models: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
-    """The figures by the names of their files."""
+    """Return the figures by file name."""
     deep, gated, guided = models["VPT-Deep"], models["GateVPT"], models["DA-VPT"]
     loader = Batches(test, 100)
     some = torch.cat([test.images[test.labels == label][:1] for label in range(3)])
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=90, help="of the backbone")
     parser.add_argument("--tuning-epochs", type=int, default=18, help="of each method's prompts")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # a second thread gains nothing on matrices as small as these
+    torch.set_num_threads(1)  # the matrices are too small for two
     options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(*trained(options.epochs, options.tuning_epochs)).items():
         path = options.out / f"{name}.png"

@@ -1,4 +1,4 @@
-"""The native CPU library ``_C``: finding it, loading it once, and the schemas of its operators.
+"""Find and load the native CPU library ``_C``, and define the schemas of its operators.
 
 ``_C`` is built on the LibTorch stable ABI and only *implements* ``torch.ops.fastprompt_cpu.*``; the schemas
 are defined here, once for each process, because torch aborts on a schema defined twice.
@@ -27,7 +27,7 @@ _definitions: torch.library.Library | None = None
 
 
 def find_library() -> Path | None:
-    """Path of ``_C``, or None. An editable install keeps it in site-packages, beside no source file."""
+    """Return the path of ``_C``, or None. An editable install keeps it in site-packages, apart from the sources."""
     spec = importlib.util.find_spec("fastprompt")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         candidate = Path(folder) / LIBRARY_NAME
@@ -37,9 +37,9 @@ def find_library() -> Path | None:
 
 
 def load() -> str | None:
-    """Load ``_C`` on the first call; None once its operators are usable, else the reason in one line.
+    """Load ``_C`` on the first call; return None if its operators can be used, else the reason in one line.
 
-    Never raises. The answer is kept: a library installed later needs a new process.
+    Never raises. The result is kept: a library installed later needs a new process.
     """
     with _lock:
         return _load()
@@ -69,7 +69,7 @@ def _load() -> str | None:
 
 @functools.cache
 def warn_missing_once() -> None:
-    """Warn, once for each process, that CPU calls run as plain torch operations, unless ``_C`` is loaded."""
+    """Warn, once for each process and unless ``_C`` is loaded, that CPU calls run as plain torch operations."""
     reason = load()
     if reason is not None:
         warnings.warn(

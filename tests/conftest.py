@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     # Read when the kernels are imported: without a GPU, the backend `triton` is their interpretation on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run: a few here, more in CI.
+hypothesis.settings.register_profile("few", max_examples=8, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("many", max_examples=30, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("many" if os.environ.get("CI") else "few")
 
 
 @pytest.fixture(autouse=True)

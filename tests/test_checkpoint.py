@@ -11,9 +11,10 @@ import golden_files
 import pytest
 import torch
 from official_states import CASES, State, golden, output, prefixed
-from torch import Tensor, nn
+from torch import nn
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt import load_official_state_dict
 
 PREFIXES = [
@@ -27,12 +28,8 @@ PREFIXES = [
 ]
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-
-
 def same_output(model: Any, case: golden_files.Case) -> None:
-    close(model(case.tensors["input"]), output(case))
+    assert_same(model(case.tensors["input"]), output(case))
 
 
 def vpt(num_prompts: int = 4, num_classes: int = 3, **options: Any) -> Any:
@@ -368,7 +365,7 @@ def test_head_of_several_layers_loads_into_one_of_the_same_layers() -> None:
     model = fastprompt.get_prompt_model(base, fastprompt.VPTConfig(case.config["NUM_TOKENS"])).eval()
     report = load_official_state_dict(model, state | prefixed(trained.state_dict(), "head."))
     assert report.missing == report.unexpected == report.ignored == ()
-    close(model(case.tensors["input"]), trained(output(case)))
+    assert_same(model(case.tensors["input"]), trained(output(case)))
 
 
 CONFIGS = {"vpt_deep_cls": "VPT", "gatevpt_cls": "GateVPT", "cvpt_insert3": "CVPT", "davpt_cls": "DAVPT"}
@@ -378,6 +375,11 @@ CONFIGS = {"vpt_deep_cls": "VPT", "gatevpt_cls": "GateVPT", "cvpt_insert3": "CVP
 def test_state_of_another_method_is_refused(mine: str, theirs: str) -> None:
     (line,) = refused(golden(mine)[0], golden(theirs)[1], strict=False)
     assert f"make the model with `fastprompt.{CONFIGS[theirs]}Config`" in line
+
+
+def test_names_of_several_methods_are_refused() -> None:
+    (line,) = refused(vpt(), golden("gatevpt_cls")[1] | golden("cvpt_insert3")[1], strict=False)
+    assert line.endswith("mixes names of several methods: Prompt_Tokens, gate_logit, prompt_embeddings, temp")
 
 
 def test_own_state_is_refused() -> None:

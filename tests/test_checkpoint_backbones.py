@@ -11,11 +11,12 @@ import pytest
 import timm_families
 import torch
 from official_states import State, backbone_state, golden, jax_names, output, prefixed, scramble, separate
-from test_checkpoint import close, refused, same_output
+from test_checkpoint import refused, same_output
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import fastprompt
+from bench.correctness import assert_same
 from fastprompt import load_official_state_dict
 
 
@@ -98,7 +99,7 @@ def mae_cub200(
 def test_whole_model_of_da_vpt_on_mae_needs_its_mask_and_its_norm() -> None:
     model, state, images, logits = mae_cub200(mask_prompts=True)
     load_official_state_dict(model, state)
-    close(model(images), logits)
+    assert_same(model(images), logits)
     model, *_ = mae_cub200(mask_prompts=False)
     load_official_state_dict(model, state)
     with torch.no_grad():

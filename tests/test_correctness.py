@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.correctness import Oracle, WrongResult
+from bench.correctness import Oracle, WrongResult, assert_as_exact, assert_same, evaluate
 from fastprompt import ops
 
 B, N, P, H, D = 3, 21, 5, 2, 24
@@ -137,3 +137,98 @@ def test_an_error_is_caught_in_any_output_or_gradient(operation: Operation, dtyp
         for wrong in damaged(name, x):
             with pytest.raises(WrongResult, match=f"{name}: "):
                 oracle.check({**right, name: wrong})
+
+
+def test_a_result_that_no_input_reaches_is_missing_a_gradient() -> None:
+    with pytest.raises(WrongResult, match="no gradient of y"):
+        evaluate(lambda x, y: 2 * x, {"x": torch.ones(2), "y": torch.ones(2)}, torch.ones(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def backwards_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same sums in another order."""
+    return attend(q, k.flip(-2), v.flip(-2))
+
+
+@pytest.mark.parametrize("scale", [1, 100], ids=["usual", "large scores"])
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("draw_again", range(5))
+def test_another_order_of_summation_is_no_error(scale: int, count: int, draw_again: int) -> None:
+    inputs = {name: scale**0.5 * torch.randn(3, count, 16) for name in "qkv"}
+    Oracle(attend, inputs)(backwards_in_rows)
+
+
+@pytest.mark.parametrize("draw_again", range(20))
+def test_a_single_number_may_err_as_its_terms_do(draw_again: int) -> None:
+    """The sum of 4,000 terms, times a temperature: its error is near zero or not, by chance."""
+    inputs = {"x": torch.randn(4000), "temperature": torch.tensor([0.7])}
+    oracle = Oracle(lambda x, temperature: x / temperature, inputs)
+    oracle(lambda x, temperature: x * (1 / temperature))
+    got = oracle.evaluate(lambda x, temperature: (x.double() / temperature.double()).float())
+    terms = (inputs["x"] * oracle.cotangents[0]).norm()  # type: ignore[index]
+    got["gradient of temperature"] += 1e-3 * terms
+    with pytest.raises(WrongResult, match="gradient of temperature"):
+        oracle.check(got)
+
+
+def test_a_sum_that_cancels_to_nothing_may_have_the_roundings_of_its_terms() -> None:
+    """The gradient of the score of a single key is zero, in plain PyTorch exactly."""
+    inputs = {name: torch.randn(50, 1, 16) for name in "qkv"}
+    oracle = Oracle(attend, inputs)
+    got = oracle.evaluate(attend)
+    assert not got["gradient of q"].any()
+    rounding = torch.randn(50, 1, 16) * torch.finfo(torch.float32).eps
+    oracle.check({**got, "gradient of q": rounding})
+    with pytest.raises(WrongResult, match="gradient of q"):
+        oracle.check({**got, "gradient of q": 100 * rounding})
+
+
+def test_a_check_draws_no_random_numbers_and_repeats() -> None:
+    inputs = {name: torch.randn(3, 5, 16) for name in "qkv"}
+    before = torch.get_rng_state()
+    errors = []
+    for _ in range(2):
+        torch.set_rng_state(before)
+        oracle = Oracle(attend, inputs)
+        wrong = {name: x * 1.001 for name, x in oracle.evaluate(attend).items()}
+        state = torch.get_rng_state()
+        with pytest.raises(WrongResult) as caught:
+            oracle.check(wrong)
+        assert torch.equal(torch.get_rng_state(), state)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_what_plain_pytorch_cannot_compute_measures_nothing() -> None:
+    with pytest.raises(ValueError, match="output: plain PyTorch gives NaN or infinity"):
+        Oracle(lambda x: x * x, {"x": torch.tensor([300.0]).half()})
+
+
+def test_same_means_equal_up_to_the_rounding_of_float64() -> None:
+    x = torch.randn(7, 30, dtype=torch.float64)
+    results = {"output": x, "others": [x.sum(0), None]}
+    assert_same({"output": x + 1e-15, "others": (x.flip(0).sum(0), None)}, results)
+    assert_same(x.sum() - x.sum(), torch.zeros((), dtype=torch.float64))
+    for wrong in (x * (1 + 1e-9), x.where(x < x.max(), torch.nan), x[:6], None):
+        with pytest.raises(WrongResult, match=r"output|results \["):
+            assert_same({**results, "output": wrong}, results)
+    # The terms of a sum that cancels are as large as the other results.
+    assert_same({"output": x, "zero": x[0] * 1e-15}, {"output": x, "zero": 0 * x[0]})
+    with pytest.raises(WrongResult, match="zero"):
+        assert_same({"output": x, "zero": x[0] * 1e-9}, {"output": x, "zero": 0 * x[0]})
+    with pytest.raises(TypeError, match="result must be float64"):
+        assert_same(x.float(), x)
+
+
+def test_as_exact_means_twice_the_error_of_plain_pytorch() -> None:
+    exact = torch.randn(1000, dtype=torch.float64)
+    plain = exact.float()
+    assert_as_exact(plain * (1 + 1e-7), plain, exact)
+    for wrong in (plain * (1 + 1e-6), plain.half(), plain.where(plain < plain.max(), torch.nan), plain[1:]):
+        with pytest.raises(WrongResult, match="result"):
+            assert_as_exact(wrong, plain, exact)
+    with pytest.raises(TypeError, match="exact result must be float64"):
+        assert_as_exact(plain, plain, plain)

@@ -120,7 +120,7 @@ def test_float32_prompts_train_on_a_bfloat16_backbone() -> None:
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.prompts)
 
 
-@pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "rope-mixed", "vit-qk-norm"])
+@pytest.mark.parametrize("family", ["vit", "vit-avg-fc-norm", "rope-axial", "vit-qk-norm"])
 @pytest.mark.parametrize("config", [VPTConfig(3), VPTConfig(3, deep=False)], ids=["deep", "shallow"])
 def test_autocast_runs_and_keeps_gradients_in_float32(family: str, config: VPTConfig) -> None:
     model: Any = fastprompt.get_prompt_model(small(family, torch.float32), config)

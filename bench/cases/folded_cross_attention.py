@@ -97,15 +97,14 @@ def case(
         y, normed = ops.folded_cross_attention(x, folded, residual=True, norm=given, backend=backend)
         return (y, normed) if norm else y
 
-    plain = baselines.folded
     return Case(
         "folded_cross_attention_norm" if norm else "folded_cross_attention",
         {"B": B, "N": N, "P": P, "H": H, "D": D},
         dtype,
         draw,
-        plain,
+        baselines.folded,
         ours("folded_cross_attention", device, lambda backend: partial(call, backend)),
-        {"eager": plain, **compiled(plain, device)},
+        {"eager": baselines.folded, **compiled(baselines.folded, device)},
         work(B, N, P, H, D, norm=norm, itemsize=dtype.itemsize),
         frozen=("out_bias", "weight", "norm_bias"),
     )

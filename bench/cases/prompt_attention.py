@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,71 +15,63 @@ from bench import baselines
 from bench.ops import DTYPES, Case, Compilation, Function, Inputs, Operation, Size, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
-from fastprompt.kernels.triton.prompt_attention_config import Key
+from fastprompt.kernels.triton import prompt_attention_config as config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # What a call must do -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts the score matrix.
-
-    Attributes:
-        rows: query rows of a tile.
-        pieces: up to `resident` keys, at most `most` of these widths cover the columns.
-        columns, tail: above that, tiles of `columns` and, for the rest, a power of two that is at least `tail`.
-    """
-
-    rows: int = 64
-    pieces: tuple[int, ...] = (128, 128, 64, 32, 16)
-    most: int = 3
-    resident: int = 256
-    columns: int = 64
-    tail: int = 16
-
-    def padded_rows(self, rows: int) -> int:
-        """Return `rows` rounded up to whole tiles."""
-        return -(-rows // self.rows) * self.rows
-
-    def padded_columns(self, keys: int) -> int:
-        """Return `keys` with padding: 197 and 207 become 208, 247 becomes 256, 297 becomes 320."""
-        if keys <= self.resident:
-            sums = {sum(c) for n in range(1, self.most + 1) for c in combinations(self.pieces, n)}
-            return min(s for s in sums if s >= keys)
-        whole = keys // self.columns * self.columns
-        rest = keys - whole
-        return whole + (max(self.tail, 1 << (rest - 1).bit_length()) if rest else 0)
-
-
-LOOPED = Tiles(resident=0)  # the backward in two kernels: dK and dV, then dQ
-# The backward in one kernel, which holds up to 256 keys as one power of two.
-RESIDENT = Tiles(rows=32, pieces=(256, 128, 64, 32, 16), most=1)
-
-
 def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[Work, Work]:
     """Return the work of a forward, and of a backward in which everything trains.
 
     The forward reads q, k, v and prompts, and writes the output and one float32 log-sum-exp a row. The backward reads
-    these and the output's gradient, and writes all gradients. It needs five products. With all keys resident it
-    executes five; two kernels compute the scores and their gradient twice, which makes seven.
+    these and the output's gradient, and writes all gradients; it needs five products.
     """
-    score = 2 * B * H * d
-    tiles = RESIDENT if RESIDENT.resident >= N + P else LOOPED
-    forward = Work(
-        bytes=itemsize * H * d * (4 * B * N + 2 * P) + 4 * B * H * N,
-        operations=2 * score * N * (N + P),
-        exponentials=B * H * N * (N + P),
-        executed=2 * score * Tiles().padded_rows(N) * Tiles().padded_columns(N + P),
+    forward, backward = _executed(N, N + P, d, itemsize)
+    scores = B * H * N * (N + P)
+    return (
+        Work(
+            bytes=itemsize * H * d * (4 * B * N + 2 * P) + 4 * B * H * N,
+            operations=4 * scores * d,
+            exponentials=scores,
+            executed=B * H * forward,
+        ),
+        Work(
+            bytes=itemsize * H * d * (8 * B * N + 4 * P) + 4 * B * H * N,
+            operations=10 * scores * d,
+            exponentials=scores,
+            executed=B * H * backward,
+        ),
     )
-    backward = Work(
-        bytes=itemsize * H * d * (8 * B * N + 4 * P) + 4 * B * H * N,
-        operations=5 * score * N * (N + P),
-        exponentials=B * H * N * (N + P),
-        executed=(5 if tiles.resident else 7) * score * tiles.padded_rows(N) * tiles.padded_columns(N + P),
-    )
-    return forward, backward
+
+
+def _executed(queries: int, keys: int, d: int, itemsize: int) -> tuple[int, int]:
+    """Return the operations of a head's forward and backward with the tiles of the table for Hopper.
+
+    With all keys resident the backward executes five products. Its two kernels, one for dK and dV and one for dQ, both
+    compute the scores and their gradient, which makes seven.
+    """
+    width = sum(config.head_pieces(d))
+
+    def entry(kernel: config.Kernel) -> config.Config:
+        return config.choose(90, kernel, d, queries, keys, itemsize)
+
+    def whole(count: int, block: int) -> int:
+        return -(-count // block) * block
+
+    def with_tail(block: int) -> int:
+        return keys // block * block + config.tail(keys, block)
+
+    fwd = entry("fwd")
+    columns = with_tail(fwd.block_n) if fwd.block_n else sum(config.key_pieces(keys))
+    forward = 4 * width * whole(queries, fwd.block_m) * columns
+    if config.has_resident_backward(90, d, keys, itemsize):
+        columns = max(16, 1 << (keys - 1).bit_length())
+        return forward, 10 * width * whole(queries, entry("bwd").block_m) * columns
+    dkdv, dq = entry("dkdv"), entry("dq")
+    backward = 8 * whole(queries, dkdv.block_m) * whole(keys, dkdv.block_n)
+    return forward, width * (backward + 6 * whole(queries, dq.block_m) * with_tail(dq.block_n))
 
 
 def floors(B: int, vit: ViT, P: int) -> tuple[Work, Work]:
@@ -225,7 +217,7 @@ def sweep(device: str, tiny: bool) -> Iterator[Case]:
 # Tiles ---------------------------------------------------------------------------------------------------------------
 
 
-def reach(key: Key, images: int, widest: bool) -> Case:
+def reach(key: config.Key, images: int, widest: bool) -> Case:
     """Return a case that the table's entry `key` serves: of a shape that models have, or the widest."""
     N, B = (577, images // 2) if key.length == "long" else (197, images)
     d = key.head_dim if widest or key.head_dim == 64 else 80

@@ -185,7 +185,7 @@ BACKBONE_SIZES = {
 
 
 def common_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Map each key of the state to its common name."""
+    """Map each key of the state to timm's or the official name, without the prefixes of wrappers."""
     names = {key: _PREFIXES.sub("", str(key)) for key in state}
     encoders = [
         e for e in ("base_encoder.", "momentum_encoder.") if any(n.startswith(e) for n in names.values())

@@ -1,7 +1,7 @@
-"""What prompts do, as numbers and as figures (docs/seeing.md).
+"""See what prompts do, as numbers and as figures (docs/seeing.md).
 
-The functions named `plot_...` return a `matplotlib.figure.Figure` and touch no global state of matplotlib; the others
-return tensors, and need neither matplotlib nor, but for :func:`tsne`, scikit-learn.
+Functions named `plot_...` return a `matplotlib.figure.Figure` and leave matplotlib's global state alone; the others
+return tensors and need neither matplotlib nor, except :func:`tsne`, scikit-learn.
 """
 
 from fastprompt.viz.attention import attention_to_prompts

@@ -1,29 +1,28 @@
-"""How much each token of an image attends to each prompt of a block."""
+"""Attention weights of an image's tokens on the prompts of a block."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt import blocks, vit
-from fastprompt.methods import CVPTModel
+from fastprompt import backbone, blocks, vit
+from fastprompt.methods import CVPTModel, GateVPTModel
 from fastprompt.model import PromptModel
 from fastprompt.ops import project_prompts
 from fastprompt.ops.operator import accumulation_dtype
+from fastprompt.vit import TimmBlock
 from fastprompt.viz.rows import Entering, checked_block, entering, evaluating
 
 
 def attention_to_prompts(model: PromptModel, images: Tensor, block: int) -> Tensor:
     """Attention weights of the image's rows on a block's prompts: images [B, C, h, w] -> [B, H, N, P].
 
-    Runs the model as it is in eval mode up to `block` and writes out the softmax of that block alone: the numbers that
-    attention over concatenated tokens and prompts would have. N counts the prefix tokens, then the patches, and no
-    prompts. For VPT, GateVPT (temperature included) and DA-VPT a row sums to the part of its attention that goes to
-    prompts; the rest goes to the image. CVPT attends to prompts apart, so that each row sums to 1.
+    Runs the model in eval mode up to `block` and computes the softmax of that block alone: the weights of attention
+    over concatenated tokens and prompts. N counts the prefix tokens and the patches, no prompts. For VPT, GateVPT
+    (temperature included) and DA-VPT a row sums to the share of its attention that goes to prompts; the rest goes to
+    the image. CVPT attends to prompts separately, so each row sums to 1.
 
     Args:
         model: any method's, with prompts.
@@ -34,50 +33,47 @@ def attention_to_prompts(model: PromptModel, images: Tensor, block: int) -> Tens
         float32 (float64 for a float64 model).
 
     Raises:
-        TypeError, ValueError: no `PromptModel`, one without prompts, no such block, or `images` are not [B, C, h, w].
+        TypeError, ValueError: `model` is not a `PromptModel` or has no prompts, there is no such block, or the model
+            does not take these images.
     """
     index = checked_block(model, block, "attention_to_prompts")
-    if images.ndim != 4:
-        raise ValueError(
-            f"`attention_to_prompts`: `images` must be [B, C, h, w]; got {tuple(images.shape)}; "
-            "give a single image a batch dimension"
-        )
+    backbone.check_images(model.base, images, "attention_to_prompts")
     with evaluating(model):
         rows = entering(model, images, index)
+        timm_block = backbone.blocks_of(model.base)[index]
         if isinstance(model, CVPTModel):
-            return _cross_weights(model, rows, index)
-        return _self_weights(model, rows, index)
+            return _cross_weights(timm_block, rows, model.config.insert)
+        temperature = None
+        if isinstance(model, GateVPTModel) and model.temperature is not None:
+            temperature = model.temperature[index]
+        return _self_weights(timm_block, rows, temperature)
 
 
-def _self_weights(model: PromptModel, rows: Entering, index: int) -> Tensor:
-    """Weights of image rows on prompts that share a softmax with the image."""
-    block: Any = model.base.blocks[index]
+def _self_weights(block: TimmBlock, rows: Entering, temperature: Tensor | None) -> Tensor:
+    """Weights on prompts that share a softmax with the image."""
     adapter, attention = vit.adapters(block)
-    q, k, _ = attention.qkv(block.attn, adapter.attention_input(block, rows.x), rows.rope)
-    prompt_k = blocks.prepare_prompts(block, rows.prompts.to(q.dtype), folded=False).key
-    keys = torch.cat([k, prompt_k.expand(len(k), -1, -1, -1)], dim=1)  # type: ignore[union-attr]
-    temperatures: Any = getattr(model, "temperature", None)
-    temperature = None if temperatures is None else temperatures[index]
-    return _softmax(q, keys, block.attn.scale, temperature)[..., k.shape[1] :]
+    attn = blocks.attention_of(block)
+    q, k, _ = attention.qkv(attn, adapter.attention_input(block, rows.x), rows.rope)
+    prompt_input = adapter.attention_input(block, rows.prompts.to(q.dtype))
+    prompt_k, _ = attention.keys_values(attn, prompt_input)
+    keys = torch.cat([k, prompt_k.expand(len(k), -1, -1, -1)], dim=1)
+    return _softmax(q, keys, attn.scale, temperature)[..., k.shape[1] :]
 
 
-def _cross_weights(model: PromptModel, rows: Entering, index: int) -> Tensor:
-    """Weights of CVPT's cross-attention, whose place in the block is the configuration's."""
-    block: Any = model.base.blocks[index]
+def _cross_weights(block: TimmBlock, rows: Entering, insert: int) -> Tensor:
+    """Weights of CVPT's cross-attention, which stands at `insert` in the block."""
     adapter, attention = vit.adapters(block)
-    x = rows.x
-    insert = model.config.insert  # type: ignore[attr-defined]
+    attn, x = blocks.attention_of(block), rows.x
     if insert in (3, 4):
         h = adapter.attention_input(block, x)
-        out = vit.attend(block.attn, *attention.qkv(block.attn, h, rows.rope))
-        x = adapter.add_attention(block, x, attention.finish(block.attn, out, h))
+        out = vit.attend(attn, *attention.qkv(attn, h, rows.rope))
+        x = adapter.add_attention(block, x, attention.finish(attn, out, h))
     elif insert == 5:
         x, _ = blocks.run_block(block, x, None, blocks.Context(rope=rows.rope))
-    weights = attention.plain_weights(block.attn)
-    H = block.attn.num_heads
+    weights, H = attention.plain_weights(attn), attn.num_heads
     q = rearrange(F.linear(x, weights.q_weight, weights.q_bias), "B N (H d) -> B N H d", H=H)
     key = project_prompts(rows.prompts.to(x.dtype), weights, H).key
-    return _softmax(q, key.expand(len(q), -1, -1, -1), block.attn.scale, None)
+    return _softmax(q, key.expand(len(q), -1, -1, -1), attn.scale, None)
 
 
 def _softmax(q: Tensor, k: Tensor, scale: float, temperature: Tensor | None) -> Tensor:

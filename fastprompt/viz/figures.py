@@ -1,7 +1,7 @@
-"""The figures: each draws what a function of :mod:`fastprompt.viz.attention` or :mod:`fastprompt.viz.prompts` returns.
+"""Figures of the numbers of :mod:`fastprompt.viz.attention` and :mod:`fastprompt.viz.prompts`.
 
-They are `matplotlib.figure.Figure` objects, made without pyplot: nothing is shown, kept or configured globally.
-`figure.savefig(...)` writes one, and a notebook shows it.
+Each is a `matplotlib.figure.Figure`, made without pyplot: nothing is shown, kept or configured globally.
+`figure.savefig(...)` writes it, and a notebook shows it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch import Tensor
 from fastprompt.model import PromptModel
 from fastprompt.viz.attention import attention_to_prompts
 from fastprompt.viz.prompts import (
-    Loader,
     block_similarity,
-    checked_davpt,
+    check_davpt,
     class_distances,
     gate_values,
     prompt_similarity,
     proxy_distances,
     tsne,
 )
+from fastprompt.viz.rows import Loader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart by colour-blind readers too
+BLUE, ORANGE = "#0072b2", "#d55e00"  # from Okabe and Ito's palette for colour-blind readers
 MOST_ATTENDED = 4
-NUMBERED = 20  # more points or ticks than this go without numbers
+NUMBERED = 20  # more points or ticks than this have no numbers
 
 
 def plot_gates(model: PromptModel) -> Figure:
-    """GateVPT: the gate of each gated block, and the softmax temperature of each block; of :func:`gate_values`.
+    """GateVPT: draw the gate of each gated block and the softmax temperature of each block (:func:`gate_values`).
 
     Raises NotImplementedError for another method, ImportError without matplotlib.
     """
@@ -60,16 +60,16 @@ def plot_attention(
     prompt: int | Sequence[int] | None = None,
     head: int | None = None,
 ) -> Figure:
-    """How much each patch attends to prompts, over the image; of :func:`attention_to_prompts`.
+    """Draw each patch's attention to prompts over the image (:func:`attention_to_prompts`).
 
-    One row for each image, with the image first and then one map for each prompt. All maps share one colour scale.
+    Each row shows an image and then one map for each prompt. All maps share one colour scale.
 
     Args:
         model: any method's, with prompts.
-        images: [B, C, h, w] as the model takes them; three channels are drawn in colour, others as their mean.
+        images: [B, C, h, w] as the model takes them; three channels are drawn in colour, else their mean.
         block: the block; negative ones count from the end.
-        prompt: one prompt or several; None for the (at most) four that these images attend to most.
-        head: one head, or None for the mean of all.
+        prompt: one prompt or several; None for the four (at most) that these images attend to most.
+        head: one head, or None for the mean over heads.
 
     Raises:
         TypeError, ValueError: as :func:`attention_to_prompts`, or `prompt` or `head` is out of range.
@@ -112,7 +112,7 @@ def plot_attention(
 
 
 def plot_class_map(model: PromptModel, loader: Loader | None = None, *, block: int | None = None) -> Figure:
-    """DA-VPT: which prompt stands for which class, and with `loader` how far each class is from each prompt.
+    """DA-VPT: draw the prompt of each class, and with `loader` the distance of each class to each prompt.
 
     Args:
         model: a DA-VPT model.
@@ -122,28 +122,24 @@ def plot_class_map(model: PromptModel, loader: Loader | None = None, *, block: i
 
     Raises:
         NotImplementedError: the method is another.
-        ValueError: `block` without `loader`, or as the function that measures the distances.
+        ValueError: `block` without `loader`, or as the function that computes the distances.
         ImportError: matplotlib is missing.
     """
-    checked_davpt(model, "plot_class_map")
+    model = check_davpt(model, "plot_class_map")
     if block is not None and loader is None:
-        raise ValueError(f"`plot_class_map`: block={block} asks for distances of images; pass `loader` too")
-    prompt_of_class: Any = model.class_to_prompt
-    C, P = len(prompt_of_class), len(model.get_buffer("class_centroids"))
+        raise ValueError(f"`plot_class_map`: block={block} needs images to compute distances; pass `loader`")
+    C, P = len(model.class_to_prompt), model.proxies
     figure = _figure(min(2.5 + 0.35 * P, 12), min(1.5 + 0.3 * C, 12))
     axis = figure.subplots()
+    title = "the prompt of each class"
     if loader is not None:
         distances = class_distances(model, loader) if block is None else proxy_distances(model, loader, block)
+        title += "\nand distances to " + ("centroids" if block is None else f"proxies, block {block}")
         drawn = axis.imshow(_numbers(distances), cmap="viridis_r", aspect="auto")
         figure.colorbar(drawn, ax=axis, label="cosine distance")
-    axis.plot(_numbers(prompt_of_class), range(C), ls="", marker="o", color=ORANGE, mec="white")
+    axis.plot(_numbers(model.class_to_prompt), range(C), ls="", marker="o", color=ORANGE, mec="white")
     axis.set(xlabel="prompt", ylabel="class", xlim=(-0.5, P - 0.5), ylim=(C - 0.5, -0.5))
-    to = (
-        ""
-        if loader is None
-        else ("\nand distances to " + ("centroids" if block is None else f"proxies, block {block}"))
-    )
-    axis.set_title(f"the prompt of each class{to}", fontsize=9)
+    axis.set_title(title, fontsize=9)
     if P <= NUMBERED:
         axis.set_xticks(range(P))
     if C <= NUMBERED:
@@ -152,9 +148,9 @@ def plot_class_map(model: PromptModel, loader: Loader | None = None, *, block: i
 
 
 def plot_prompt_similarity(model: PromptModel, block: int = 0) -> Figure:
-    """Cosines of the prompts of one block, and how alike the prompts of different blocks are.
+    """Draw the cosines of the prompts of one block, and the similarity of blocks (:func:`block_similarity`).
 
-    The second panel, of :func:`block_similarity`, is left out where one set of prompts is all there is.
+    A model with one set of prompts has no second panel.
 
     Raises ValueError for a block without prompts of its own, ImportError without matplotlib.
     """
@@ -180,7 +176,7 @@ def plot_prompt_similarity(model: PromptModel, block: int = 0) -> Figure:
 def plot_tsne(
     model: PromptModel, loader: Loader, block: int = -1, *, perplexity: float | None = None, seed: int = 0
 ) -> Figure:
-    """Prompts among the class tokens of images on the plane; of :func:`tsne`, whose arguments these are.
+    """Draw prompts among the class tokens of images on the plane; arguments as for :func:`tsne`.
 
     Raises as :func:`tsne`, and ImportError without matplotlib.
     """
@@ -216,13 +212,13 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _numbers(t: Any) -> Any:
-    """A tensor as the array that matplotlib reads; bfloat16 is none of its types."""
+    """Return a tensor as an array for matplotlib, which does not draw half precision."""
     t = t.detach().cpu()
-    return (t.float() if t.is_floating_point() else t).numpy()
+    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
 
 def _chosen_prompts(prompt: int | Sequence[int] | None, maps: Tensor) -> list[int]:
-    """The prompts asked for, of maps [B, N, P]; None: those with the most attention, in order."""
+    """Return the prompts to draw of maps [B, N, P]; for None those with the most attention, in order."""
     P = maps.shape[-1]
     if prompt is None:
         most = maps.mean((0, 1)).topk(min(MOST_ATTENDED, P)).indices
@@ -235,7 +231,7 @@ def _chosen_prompts(prompt: int | Sequence[int] | None, maps: Tensor) -> list[in
 
 
 def _picture(image: Tensor) -> Any:
-    """[C, h, w] on any scale -> [h, w, 3] or [h, w] in 0..1."""
+    """Image [C, h, w] on any scale -> [h, w, 3] or [h, w] in 0..1."""
     image = image.detach().float()
     low, high = image.min(), image.max()
     image = (image - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
@@ -243,7 +239,7 @@ def _picture(image: Tensor) -> Any:
 
 
 def _legend(drawn: Any, axis: Any, labels: Tensor) -> tuple[list[Any], list[str]]:
-    """The prompts' star and, where there are not too many, each class's colour."""
+    """Return the legend of the prompts and, if there are at most 20, the classes."""
     handles, names = axis.get_legend_handles_labels()
     if len(labels.unique()) <= NUMBERED:
         points, classes = drawn.legend_elements(num=None)

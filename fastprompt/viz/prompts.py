@@ -1,14 +1,15 @@
-"""Numbers about the prompts of a model: gates, the map of classes, similarities, and where they lie among tokens."""
+"""Numbers about the prompts of a model: gates, class maps, similarities, and positions among the image's tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastprompt import backbone
 from fastprompt.methods import DAVPTModel, GateVPTModel
 from fastprompt.methods.class_map import normalise
 from fastprompt.methods.da_vpt import block_view
@@ -16,14 +17,15 @@ from fastprompt.methods.proxy_loss import similarities
 from fastprompt.model import PromptModel
 from fastprompt.ops.operator import accumulation_dtype
 from fastprompt.viz.rows import (
+    Loader,
+    batches,
+    check_model,
     checked_block,
-    checked_model,
     entering,
     evaluating,
     own_prompts,
+    prompted_blocks,
 )
-
-Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 class Gates(NamedTuple):
@@ -43,27 +45,24 @@ class Embedding(NamedTuple):
 
 @torch.no_grad()
 def gate_values(model: PromptModel) -> Gates:
-    """The gates and softmax temperatures of GateVPT as the next forward uses them.
+    """Return the gates and softmax temperatures that the next forward of a GateVPT model uses.
 
     Raises NotImplementedError for another method.
     """
-    checked_model(model, "gate_values")
+    check_model(model, "gate_values")
     if not isinstance(model, GateVPTModel):
-        raise NotImplementedError(f"`gate_values`: {_name(model)} has no gates; GateVPT has")
-    parameters: Any = model
-    temperature = parameters.temperature
-    if temperature is not None:
-        temperature = temperature.detach().clone()
-        if isinstance(parameters.temperature, torch.nn.Parameter):
-            temperature.clamp_(*model.config.temperature_range)
-    return Gates(parameters.gate_logits.sigmoid(), temperature)
+        raise NotImplementedError(f"`gate_values`: {_method(model)} has no gates; GateVPT has")
+    temperature = model.temperature
+    if isinstance(temperature, nn.Parameter):
+        temperature = temperature.clamp(*model.config.temperature_range)
+    return Gates(model.gate_logits.sigmoid(), temperature)
 
 
 @torch.no_grad()
 def prompt_similarity(model: PromptModel, block: int, other: int | None = None) -> Tensor:
     """Cosines of the prompts of `block` with those of `other` (None: with one another): [P, P'].
 
-    Prompts are compared as they enter the model, after projection and norm. Raises ValueError for a block that has no
+    Prompts are compared as they enter the model, after projection and norm. Raises ValueError for a block without
     prompts of its own.
     """
     first = _own_prompts(model, block, "prompt_similarity")
@@ -75,15 +74,17 @@ def prompt_similarity(model: PromptModel, block: int, other: int | None = None) 
 def block_similarity(model: PromptModel) -> Tensor:
     """Mean of |cosine| over the pairs of prompts of two blocks: [S, S] for the S blocks that have their own.
 
-    A prompt is not paired with itself, so that the diagonal is NaN where a block has one prompt.
+    A prompt is not paired with itself, so the diagonal is NaN for a block of one prompt.
     """
-    checked_model(model, "block_similarity")
-    S = getattr(model, "prompted", len(model.base.blocks))
+    check_model(model, "block_similarity")
+    S = prompted_blocks(model)
     means = prompt_similarity(model, 0).new_empty(S, S)
     for i in range(S):
         for j in range(S):
             cosines = prompt_similarity(model, i, j).abs()
-            means[i, j] = _without_diagonal(cosines).mean() if i == j else cosines.mean()
+            if i == j:
+                cosines = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
+            means[i, j] = cosines.mean()
     return means
 
 
@@ -91,17 +92,17 @@ def block_similarity(model: PromptModel) -> Tensor:
 def centroid_distances(model: PromptModel) -> Tensor:
     """DA-VPT: cosine distances 1 - cos of the centroids of the class map, [P_g, P_g].
 
-    Raises NotImplementedError for another method, ValueError before a map was fitted.
+    Raises NotImplementedError for another method, ValueError before a map is fitted.
     """
-    centroids = _fitted_centroids(model, "centroid_distances")
+    centroids = _fitted(model, "centroid_distances").class_centroids
     return _distances(centroids, centroids)
 
 
 def class_distances(model: PromptModel, loader: Loader) -> Tensor:
     """DA-VPT: cosine distances of the classes' mean features to the centroids of the class map, [classes, P_g].
 
-    The features are those that the head reads, in eval mode, and pass through the configuration's `feature_norm`: what
-    `update_class_map` clusters. Rows of classes without an image are NaN.
+    The features are those that the head reads, in eval mode, after the configuration's `feature_norm`:
+    `update_class_map` clusters them. Rows of classes without an image are NaN.
 
     Args:
         model: a DA-VPT model with a fitted map (`model.class_to_prompt`).
@@ -109,20 +110,18 @@ def class_distances(model: PromptModel, loader: Loader) -> Tensor:
 
     Raises:
         NotImplementedError: the method is another.
-        ValueError: no map was fitted, or `loader` yields nothing.
+        ValueError, TypeError: no map is fitted, `loader` is empty, or the model does not take its images or labels.
     """
-    centroids = _fitted_centroids(model, "class_distances")
-    wide = accumulation_dtype(centroids.dtype)
-    sums = torch.zeros(model.base.num_classes, centroids.shape[1], device=centroids.device, dtype=wide)
-    counts = sums.new_zeros(len(sums), 1)
+    name = "class_distances"
+    model = _fitted(model, name)
     with evaluating(model):
-        for images, labels in _batches(model, loader, "class_distances"):
-            features = model.forward_head(model.forward_features(images), pre_logits=True)
-            sums.index_add_(0, labels, features.to(wide))
-            counts.index_add_(0, labels, torch.ones_like(counts[labels]))
-        # 0/0 makes the rows of absent classes NaN.
-        means = normalise(sums / counts, model.config.feature_norm)  # type: ignore[attr-defined]
-        return _distances(means, centroids)
+        features = (
+            (model.forward_head(model.forward_features(images), pre_logits=True), labels)
+            for images, labels in batches(model, loader, name)
+        )
+        centroids = model.class_centroids
+        means = _class_means(features, model.base.num_classes, centroids.shape[1], centroids)
+        return _distances(normalise(means, model.config.feature_norm), centroids)
 
 
 def proxy_distances(
@@ -130,8 +129,8 @@ def proxy_distances(
 ) -> Tensor:
     """DA-VPT: cosine distances of features to the proxies of a guided block, averaged by class, [classes, P_g].
 
-    They are the distances that the metric loss shortens for a class and its prompt: features and proxies in the views
-    that the configuration names. Rows of classes without an image are NaN.
+    The metric loss shortens them for a class and its prompt: features and proxies are in the views that the
+    configuration names. Rows of classes without an image are NaN.
 
     Args:
         model: a DA-VPT model.
@@ -141,41 +140,42 @@ def proxy_distances(
 
     Raises:
         NotImplementedError: the method is another.
-        ValueError: `block` is not guided, `feature` is another word, the model has no class token for "class", or
-            `loader` yields nothing.
+        ValueError, TypeError: `block` is not guided, `feature` is neither, the model has no class token for "class",
+            `loader` is empty, or the model does not take its images or labels.
     """
     name = "proxy_distances"
-    checked_davpt(model, name)
-    base: Any = model.base
+    model = check_davpt(model, name)
+    base, config = model.base, model.config
     index = checked_block(model, block, name)
-    config: Any = model.config
-    if not config.guided_blocks[0] <= index <= config.guided_blocks[1]:
+    if index not in model.guided:
         raise ValueError(f"`{name}`: `block` must lie in guided_blocks={config.guided_blocks}; got {block}")
     if feature not in ("class", "patch"):
         raise ValueError(f"`{name}`: `feature` must be 'class' or 'patch'; got {feature!r}")
     if feature == "class" and base.cls_token is None:
         raise ValueError(f"`{name}`: the model has no class token; pass feature='patch'")
+    timm_block = backbone.blocks_of(base)[index]
     view = config.proxy_for_class if feature == "class" else config.proxy_for_patch
+
+    def features_of(images: Tensor) -> Tensor:
+        x = entering(model, images, index).x
+        if feature == "patch":
+            return x[:, base.num_prefix_tokens :].mean(1)
+        return block_view(timm_block, x[:, 0], config.class_feature)
+
     with evaluating(model):
-        proxies = block_view(base.blocks[index], _own_prompts(model, index, name), view)
-        wide = accumulation_dtype(proxies.dtype)
-        sums = proxies.new_zeros(base.num_classes, len(proxies), dtype=wide)
-        counts = sums.new_zeros(len(sums), 1)
-        for images, labels in _batches(model, loader, name):
-            x = entering(model, images, index).x
-            rows = x[:, 0] if feature == "class" else x[:, base.num_prefix_tokens :].mean(1)
-            if feature == "class":
-                rows = block_view(base.blocks[index], rows, config.class_feature)
-            sums.index_add_(0, labels, _distances(rows, proxies).to(wide))
-            counts.index_add_(0, labels, torch.ones_like(counts[labels]))
-        return sums / counts  # 0/0 makes the rows of absent classes NaN
+        proxies = block_view(timm_block, _own_prompts(model, index, name), view)
+        distances = (
+            (_distances(features_of(images), proxies), labels)
+            for images, labels in batches(model, loader, name)
+        )
+        return _class_means(distances, base.num_classes, len(proxies), proxies)
 
 
 def prompts_and_tokens(model: PromptModel, loader: Loader, block: int) -> Embedding:
-    """The prompts and the class tokens as they enter a block, where the block's attention meets them.
+    """The prompts and the class tokens that enter a block, where the block's attention meets them.
 
     A model without a class token gives the mean of its patches instead. Prompts that earlier blocks have changed differ
-    from image to image, and are averaged over the images.
+    between images and are averaged over them.
 
     Args:
         model: any method's, with prompts.
@@ -186,26 +186,27 @@ def prompts_and_tokens(model: PromptModel, loader: Loader, block: int) -> Embedd
         Prompts [P, D], tokens [B, D] and labels [B] of all images of `loader`.
 
     Raises:
-        ValueError: no such block, `loader` yields nothing, or block 0, where all images have the same class token.
+        ValueError, TypeError: no such block; block 0 of a model with a class token, which is the same for all images;
+            `loader` is empty, or the model does not take its images or labels.
     """
     name = "prompts_and_tokens"
     index = checked_block(model, block, name)
     base = model.base
     if index == 0 and base.cls_token is not None:
         raise ValueError(
-            f"`{name}`: the class token has seen nothing of the image as it enters block 0; "
+            f"`{name}`: the class token that enters block 0 is the same for all images; "
             f"choose one of 1..{len(base.blocks) - 1}"
         )
     tokens: list[Tensor] = []
     labels: list[Tensor] = []
     prompts: list[Tensor] = []
     with evaluating(model):
-        for images, batch_labels in _batches(model, loader, name):
+        for images, batch_labels in batches(model, loader, name):
             rows = entering(model, images, index)
             prefix = base.num_prefix_tokens
             tokens.append(rows.x[:, prefix:].mean(1) if base.cls_token is None else rows.x[:, 0])
             labels.append(batch_labels)
-            # Those of the block itself are the same for all images.
+            # The block's own prompts are the same for all images.
             prompts = [rows.prompts[None]] if rows.prompts.ndim == 2 else [*prompts, rows.prompts]
         return Embedding(torch.cat(prompts).mean(0), torch.cat(tokens), torch.cat(labels))
 
@@ -213,18 +214,18 @@ def prompts_and_tokens(model: PromptModel, loader: Loader, block: int) -> Embedd
 def tsne(
     model: PromptModel, loader: Loader, block: int, *, perplexity: float | None = None, seed: int = 0
 ) -> Embedding:
-    """t-SNE of prompts and class tokens together, on the plane, by scikit-learn; see :func:`prompts_and_tokens`.
+    """Map prompts and class tokens together to the plane by scikit-learn's t-SNE; see :func:`prompts_and_tokens`.
 
     Rows are scaled to length 1 first: the norm before attention removes lengths, and prompts are often much shorter.
 
     Args:
         model, loader, block: as for :func:`prompts_and_tokens`.
-        perplexity: None for 30, or a third of the points where that is less.
+        perplexity: None for 30, or a third of the points if that is less.
         seed: decides the start.
 
     Raises:
         ImportError: scikit-learn is missing.
-        ValueError: as :func:`prompts_and_tokens`, or a `perplexity` that is not below the number of points.
+        ValueError, TypeError: as :func:`prompts_and_tokens`, or `perplexity` is not below the number of points.
     """
     try:
         from sklearn.manifold import TSNE
@@ -243,29 +244,28 @@ def tsne(
     return Embedding(placed[: len(prompts)], placed[len(prompts) :], labels.cpu())
 
 
-def _fitted_centroids(model: PromptModel, caller: str) -> Tensor:
-    checked_davpt(model, caller)
-    centroids: Any = model.class_centroids
-    if bool(centroids.isnan().any()):
+def check_davpt(model: PromptModel, caller: str) -> DAVPTModel:
+    """Return `model` if it maps classes to prompts; raise NotImplementedError otherwise."""
+    check_model(model, caller)
+    if not isinstance(model, DAVPTModel):
+        raise NotImplementedError(f"`{caller}`: {_method(model)} maps no classes to prompts; DA-VPT does")
+    return model
+
+
+def _fitted(model: PromptModel, caller: str) -> DAVPTModel:
+    model = check_davpt(model, caller)
+    if bool(model.class_centroids.isnan().any()):
         raise ValueError(
             f"`{caller}`: the class map has no centroids yet; call `model.fit_class_map(loader)` first"
         )
-    return centroids
-
-
-def checked_davpt(model: PromptModel, caller: str) -> None:
-    """Raises NotImplementedError for a method that maps no classes to prompts."""
-    checked_model(model, caller)
-    if not isinstance(model, DAVPTModel):
-        raise NotImplementedError(f"`{caller}`: {_name(model)} maps no classes to prompts; DA-VPT does")
+    return model
 
 
 def _own_prompts(model: PromptModel, block: int, caller: str) -> Tensor:
-    """The prompts [P, D] of `block` itself; raises ValueError for a block that carries those of an earlier one on."""
-    index = checked_block(model, block, caller)
-    prompts = own_prompts(model, index)
+    """Return the prompts [P, D] of `block`; raise ValueError if it carries those of an earlier block on."""
+    prompts = own_prompts(model, checked_block(model, block, caller))
     if prompts is None:
-        last = sum(own_prompts(model, i) is not None for i in range(index)) - 1
+        last = prompted_blocks(model) - 1
         raise ValueError(
             f"`{caller}`: `block` must have prompts of its own; got {block}, and blocks after {last} carry on those of "
             f"block {last}; choose one of 0..{last}"
@@ -273,23 +273,19 @@ def _own_prompts(model: PromptModel, block: int, caller: str) -> Tensor:
     return prompts
 
 
-def _batches(model: PromptModel, loader: Loader, caller: str) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches of `loader` on the model's device."""
-    device, empty = next(model.parameters()).device, True
-    for images, labels in loader:
-        empty = False
-        yield images.to(device), labels.to(device)
-    if empty:
-        raise ValueError(f"`{caller}`: `loader` holds no image; got 0; give it at least one batch")
+def _class_means(rows: Iterable[tuple[Tensor, Tensor]], classes: int, width: int, like: Tensor) -> Tensor:
+    """Batches of rows [B, width] with labels [B] -> mean of each class [classes, width], NaN without a row."""
+    sums = like.new_zeros(classes, width, dtype=accumulation_dtype(like.dtype))
+    counts = sums.new_zeros(classes, 1)
+    for values, labels in rows:
+        sums.index_add_(0, labels, values.to(sums.dtype))
+        counts.index_add_(0, labels, torch.ones_like(counts[labels]))
+    return sums / counts
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     return 1 - similarities(first, second, 1)
 
 
-def _without_diagonal(square: Tensor) -> Tensor:
-    return square[~torch.eye(len(square), dtype=torch.bool, device=square.device)]
-
-
-def _name(model: PromptModel) -> str:
+def _method(model: PromptModel) -> str:
     return type(model).__name__.removesuffix("Model")

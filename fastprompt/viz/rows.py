@@ -1,22 +1,24 @@
-"""What enters one block of a prompted model, had by running the blocks before it and no more."""
+"""Run a prompted model up to one block, and check the arguments that all functions of this package share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastprompt import backbone
-from fastprompt.backbone import HeadInput, strip
+from fastprompt.backbone import HeadInput
 from fastprompt.methods import VPTModel
 from fastprompt.model import PromptModel
 
+Loader: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+
 
 class Entering(NamedTuple):
-    """What enters a block: image rows `x` [B, N, D] and prompts [P, D] or, changed by earlier blocks, [B, P, D].
+    """Input of a block: image rows `x` [B, N, D] and prompts [P, D] or, changed by earlier blocks, [B, P, D].
 
     `rope` is the block's rotary embedding or None.
     """
@@ -27,30 +29,44 @@ class Entering(NamedTuple):
 
 
 def entering(model: PromptModel, images: Tensor, block: int) -> Entering:
-    """images [B, C, h, w] -> what enters `block`; runs the blocks before it."""
-    base = model.base
-    state = model.prepare(images.shape[0], HeadInput())
+    """Run the blocks before `block`: images [B, C, h, w] -> its input."""
+    base, reads = model.base, HeadInput()
     x, ropes = backbone.embed(base, images)
-    x, carried = model.run(base, state, x, ropes, HeadInput(), depth=block)
+    x, carried = model.run(base, model.prepare(len(images), reads), x, ropes, reads, depth=block)
     prefix = base.num_prefix_tokens
     own = own_prompts(model, block)
     prompts = x[:, prefix : prefix + carried] if own is None else own
-    return Entering(strip(base, x, carried), prompts, ropes[block])
+    return Entering(backbone.strip(base, x, carried), prompts, ropes[block])
+
+
+def prompted_blocks(model: PromptModel) -> int:
+    """Return how many blocks, from the first on, have prompts of their own."""
+    return model.prompted if isinstance(model, VPTModel) else len(model.prompts)
 
 
 def own_prompts(model: PromptModel, block: int) -> Tensor | None:
-    """The prompts [P, D] that enter the model at `block`, after projection and norm where the method has them.
+    """Return the prompts [P, D] that enter at `block`, after projection and norm; None if it has no own."""
+    if block >= prompted_blocks(model):
+        return None
+    return model.prompts_of(block, None) if isinstance(model, VPTModel) else model.prompts[block]
 
-    None for a block that carries the prompts of an earlier one on.
-    """
-    if not isinstance(model, VPTModel):
-        return model.prompts[block]
-    return model.prompts_of(block, None) if block < model.prompted else None
+
+def batches(model: PromptModel, loader: Loader, caller: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of `loader` on the model's device; raise ValueError or TypeError for wrong or no batches."""
+    device, empty = next(model.parameters()).device, True
+    for images, labels in loader:
+        empty = False
+        images, labels = images.to(device), labels.to(device)
+        backbone.check_images(model.base, images, caller)
+        backbone.check_labels(model.base, images, labels, caller)
+        yield images, labels
+    if empty:
+        raise ValueError(f"`{caller}`: `loader` is empty")
 
 
 def checked_block(model: PromptModel, block: int, caller: str) -> int:
-    """`block`, counted from the front; raises TypeError or ValueError for what has no such block, or no prompts."""
-    checked_model(model, caller)
+    """Return `block` counted from the front; raise TypeError or ValueError unless `model` has prompts and the block."""
+    check_model(model, caller)
     depth = len(model.base.blocks)
     if not isinstance(block, int) or isinstance(block, bool):
         raise TypeError(f"`{caller}`: `block` must be an integer; got {block!r}; pass one of 0..{depth - 1}")
@@ -61,20 +77,20 @@ def checked_block(model: PromptModel, block: int, caller: str) -> int:
     return block % depth
 
 
-def checked_model(model: PromptModel, caller: str) -> None:
-    """Raises TypeError for what is no `PromptModel`, ValueError for one without prompts."""
+def check_model(model: PromptModel, caller: str) -> None:
+    """Raise TypeError unless `model` is a `PromptModel`, and ValueError unless it has prompts."""
     if not isinstance(model, PromptModel):
         raise TypeError(
-            f"`{caller}`: `model` must be a PromptModel; got {type(model).__name__}; make one by `get_prompt_model` "
-            "(a folded model's prompts are constants: pass the model it was made of)"
+            f"`{caller}`: `model` must be a PromptModel; got {type(model).__name__}; make one with `get_prompt_model` "
+            "(a folded model's prompts are constants: pass the model it was made from)"
         )
-    if getattr(model.config, "num_prompts", 1) == 0:
-        raise ValueError(f"`{caller}`: `model` has no prompts to show (num_prompts=0)")
+    if not len(model.prompts[0]):
+        raise ValueError(f"`{caller}`: `model` has no prompts (num_prompts=0)")
 
 
 @contextmanager
 def evaluating(model: PromptModel) -> Iterator[None]:
-    """The model in eval mode and without gradients; afterwards each module is in the mode it was in."""
+    """Put the model into eval mode without gradients; afterwards each module has its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -55,16 +55,10 @@ def test_bytes_are_each_input_and_output_once() -> None:
         assert case.work[0].bytes == read + (1 + norm) * inputs["x"].nbytes + norm * statistics
 
 
-def test_columns_are_covered_with_the_least_that_the_pieces_allow() -> None:
-    tiles = prompt_attention.Tiles()
-    expected = {1: 16, 50: 64, 150: 160, 197: 208, 207: 208, 209: 224, 241: 256, 256: 256, 257: 272, 297: 320}
-    assert {n: tiles.padded_columns(n) for n in expected} == expected
-    for n in range(1, 700):
-        assert n <= tiles.padded_columns(n) < n + 48
-    assert prompt_attention.LOOPED.padded_columns(197) == 208
-    assert prompt_attention.Tiles(columns=128, resident=0).padded_columns(197) == 256
-    assert [prompt_attention.RESIDENT.padded_columns(n) for n in (50, 197, 256)] == [64, 256, 256]
-    assert [prompt_attention.Tiles(rows=128).padded_rows(n) for n in (1, 128, 197)] == [128, 128, 256]
+def test_what_tiles_execute_is_counted_with_their_padding() -> None:
+    """197 queries fill 256 rows, and in the backward 224; 207 keys fill 208 columns, and in the backward 256."""
+    executed = [work.executed for work in prompt_attention.work(1, 197, 10, 1, 64)]
+    assert executed == [4 * 64 * 256 * 208, 10 * 64 * 224 * 256]
 
 
 def test_the_floor_is_the_largest_of_the_three_times() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench import cases, offline, sass
+from bench import cases, offline, offline_compile, sass
+from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention_config as attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def test_every_configuration_compiles_without_faults(arch: int, operation: str, 
 
 
 def holds(row: dict[str, Any], key: attention.Key) -> bool:
-    """Whether `row` is a kernel of the table's entry `key`."""
+    """Return whether `row` is a kernel of the table's entry `key`."""
     _, kernel, width, _, itemsize = key
     config, constants = attention.TABLE[key], row["constants"]
     tiles = (constants.get("BLOCK_M"), constants.get("BLOCK_N", 0), row["num_warps"], row["num_stages"])
@@ -72,14 +73,37 @@ def test_a_spill_and_too_much_memory_are_faults() -> None:
     assert sass.Machine(**{**vars(good), "shared": 100 << 10}).fault(89) is not None
 
 
-def test_interpreted_kernels_are_not_compiled() -> None:
+PROGRAM = """
+import torch
+from bench import offline_compile, sass
+from fastprompt.kernels.triton import gated_blend
+x, gate = torch.empty(2, 9, 768, device="meta", dtype=torch.bfloat16), torch.empty((), device="meta")
+with offline_compile.compiling(90) as compiled:
+    gated_blend.forward(x, x, x[:, :3], gate, 1, 3, None, None, 1e-6)
+(kernel,) = compiled
+print(kernel.name, kernel.constants["NORM"], kernel.num_warps, sass.read(kernel).fault(90))
+"""
+
+
+def test_one_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.offline"],
+        [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2
-    assert "unset it" in done.stderr
+    assert done.stdout.split() == ["gated_blend_fwd_kernel", "True", "4", "None"], done.stderr[-2000:]
+
+
+def test_interpreted_kernels_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert offline.main([]) == 2
+    assert "unset it" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), offline_compile.compiling(90):
+        pass
+    assert launch.recorder is None

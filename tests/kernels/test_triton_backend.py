@@ -1,9 +1,8 @@
-"""The backend `triton` through the public operations: shapes that nobody chose, refusals, and repeatability."""
+"""The backend `triton` through the public operations: random shapes, refusals, and repeatability."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,9 +11,10 @@ import torch
 from attention_cases import KINDS, Shape, concatenated, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import Inputs, assert_as_exact_as_eager, assert_close, dtypes_of, evaluate
+from numerics import dtypes_of
 from torch import Tensor
 
+from bench.correctness import Inputs, Oracle, assert_same, evaluate
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention as kernels
 from fastprompt.kernels.triton.prompt_attention_config import RESIDENT_KEYS, head_pieces, key_pieces, tail
@@ -35,12 +35,7 @@ def triton_by_name() -> Iterator[None]:
 
 
 def assert_exact(inputs: Inputs, given: Inputs | None = None) -> None:
-    q = inputs["q"]
-    assert q is not None
-    B, Nq, H, _ = q.shape
-    spread = {"temperature": (B, H, Nq, 1)}
-    functions = (prompt_attention, concatenated, prompt_attention_reference)
-    assert_as_exact_as_eager(*functions, inputs, spread, given)
+    Oracle(concatenated, inputs, exact=prompt_attention_reference)(prompt_attention, given)
 
 
 def interleaved(x: Tensor) -> Tensor:
@@ -50,7 +45,12 @@ def interleaved(x: Tensor) -> Tensor:
     return buffer[..., 1, :, :]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=30 if "CI" in os.environ else 8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     shape=st.builds(
         Shape,
@@ -75,24 +75,11 @@ def test_any_shape(shape: Shape, dtype: torch.dtype, strided: bool, temperature:
     assert_exact(inputs, laid_out)
 
 
-@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
-def test_gradients_are_the_slopes_of_the_output() -> None:
-    inputs = draw(Shape(B=1, Nq=2, N=2, P=1, H=1, d=16), torch.float32, DEVICE)
-    tensors = [x.requires_grad_() for x in inputs.values() if x is not None]
-    names = [name for name, x in inputs.items() if x is not None]
-
-    def function(*values: Tensor) -> Tensor:
-        return prompt_attention(**dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
-
-    # Differences over 1e-2 are what float32 resolves; they err by the third derivative.
-    assert torch.autograd.gradcheck(function, tensors, eps=1e-2, atol=2e-3, rtol=1e-2)
-
-
-@pytest.mark.parametrize("length", [40, 300], ids=["all keys at once", "tiles of keys"])
+@pytest.mark.parametrize("keys", [40, 300], ids=["all keys at once", "tiles of keys"])
 @pytest.mark.parametrize("B", BATCHES)
-def test_two_runs_give_the_same_bits(length: int, B: int) -> None:
-    inputs = draw(Shape(B=B, Nq=length, N=length, kind="shared"), DTYPES[-1], DEVICE)
-    cotangent = torch.randn(B, length, 2, 32, device=DEVICE)
+def test_two_runs_give_the_same_bits(keys: int, B: int) -> None:
+    inputs = draw(Shape(B=B, Nq=40, N=keys, kind="shared"), DTYPES[-1], DEVICE)
+    cotangent = torch.randn(B, 40, 2, 32, device=DEVICE)
     first, second = (evaluate(prompt_attention, inputs, cotangent) for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
@@ -102,10 +89,10 @@ def test_two_runs_give_the_same_bits(length: int, B: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_scale(keys: int, factor: float, dtype: torch.dtype) -> None:
     inputs = draw(Shape(B=BATCHES[-1], Nq=40, N=keys), dtype, DEVICE, temperature=False)
-    functions = (
-        partial(f, scale=factor) for f in (prompt_attention, concatenated, prompt_attention_reference)
+    plain, exact, ours = (
+        partial(f, scale=factor) for f in (concatenated, prompt_attention_reference, prompt_attention)
     )
-    assert_as_exact_as_eager(*functions, inputs)
+    Oracle(plain, inputs, exact=exact)(ours)
 
 
 @pytest.mark.parametrize("keys", [9, 300], ids=["all keys at once", "tiles of keys"])
@@ -115,10 +102,7 @@ def test_very_negative_scores_leave_no_trace_of_padding(keys: int) -> None:
     for name in ("k", "prompt_k"):
         inputs[name] = inputs[name].abs() + 1  # type: ignore[union-attr]
     inputs["q"] = -inputs["q"].abs() - 10  # type: ignore[union-attr]
-    cotangent = torch.randn(1, 5, 2, 32, device=DEVICE)
-    got, want = (evaluate(f, inputs, cotangent) for f in (prompt_attention, prompt_attention_reference))
-    # Of a score of -150 a float32 keeps five digits.
-    assert_close(got, want, 1e-4)
+    assert_exact(inputs)
 
 
 def test_an_index_outside_the_table_gives_nan_for_its_image_alone() -> None:
@@ -130,18 +114,16 @@ def test_an_index_outside_the_table_gives_nan_for_its_image_alone() -> None:
         assert out[[0, 2]].isfinite().all()
 
 
-def test_what_is_not_served_is_refused_with_the_reason() -> None:
+def test_what_is_not_supported_is_refused_with_the_reason() -> None:
     wide = draw(Shape(d=160), torch.float32, DEVICE)
-    with pytest.raises(NotImplementedError, match="head_dim up to 128, not 160"):
+    with pytest.raises(NotImplementedError, match="head_dim 160 is not supported"):
         prompt_attention(**wide)  # type: ignore[arg-type]
     double = draw(Shape(), torch.float64, DEVICE)
-    with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
+    with pytest.raises(NotImplementedError, match=r"torch\.float64 is not supported"):
         prompt_attention(**double)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(
-    not launch.INTERPRETED, reason="about the interpreter, which serves where there is no GPU"
-)
+@pytest.mark.skipif(not launch.INTERPRETED, reason="about the interpreter, which runs where there is no GPU")
 def test_the_interpreter_is_taken_by_name_alone_and_refuses_bfloat16() -> None:
     inputs = draw(Shape(), torch.bfloat16)
     with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
@@ -151,19 +133,11 @@ def test_the_interpreter_is_taken_by_name_alone_and_refuses_bfloat16() -> None:
         assert dispatch.select("prompt_attention", "auto", *arguments)[0] == "eager"
 
 
-def test_float64_goes_to_eager_when_nobody_names_a_backend() -> None:
+def test_eager_runs_float64_unless_a_backend_is_named() -> None:
     inputs = draw(Shape(), torch.float64, DEVICE)
     with dispatch.use_backend("auto"):
         got = prompt_attention(**inputs)  # type: ignore[arg-type]
-    torch.testing.assert_close(got, prompt_attention_reference(**inputs))  # type: ignore[arg-type]
-
-
-def test_triton_kernels_are_not_imported_with_the_package() -> None:
-    code = (
-        "import sys, fastprompt; print([m for m in sys.modules if m.startswith('fastprompt.kernels.triton')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert_same(got, prompt_attention_reference(**inputs))  # type: ignore[arg-type]
 
 
 # The table -------------------------------------------------------------------------------------------------------

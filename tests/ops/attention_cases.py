@@ -6,7 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastprompt.ops import AttentionWeights
 
 
 class Shape(NamedTuple):
@@ -40,6 +43,66 @@ SHAPES = {
     "ViT": Shape(B=1, Nq=197, N=197, P=10, d=64),
 }
 KINDS = ("shared", "per image", "table")
+
+
+class Path(NamedTuple):
+    """A call that takes a way of its own through the Triton kernels; `trainable`: None for all."""
+
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+    temperature: bool = True
+    trainable: str | None = None
+
+
+# What the grids above ask of `eager`, in as few calls as the interpreter has time for. A kernel's code depends on
+# - the pieces of head_dim (16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128), and whether rows are aligned;
+# - whether all keys are held at once (in which pieces), or in tiles of 128: whole ones and a tail in 16 bits, masked
+#   ones in float32; and on one or several tiles of queries;
+# - the kind of prompts, the temperature, and what trains.
+# test_prompt_attention_paths.py checks that these reach each kernel with each of its flags.
+HALF = torch.float16
+SMALL = Shape(B=2, Nq=5, N=3, P=2, d=8)
+PATHS = {
+    "one token, one prompt": Path(SHAPES["one token, one prompt"]._replace(B=3)),
+    "all keys held, shared": Path(SHAPES["one image"]),
+    "all keys held, a table": Path(SHAPES["ViT"]._replace(kind="table"), HALF, temperature=False),
+    "all keys held, per image": Path(SHAPES["one image"]._replace(d=40, kind="per image"), temperature=False),
+    "all keys held, no prompts": Path(Shape(Nq=18, P=0, d=40), HALF, temperature=False),
+    "one query": Path(SHAPES["one query"]._replace(kind="table"), HALF, temperature=False),
+    "odd head_dim": Path(SHAPES["odd head_dim"], HALF),
+    "odd head_dim, per image": Path(Shape(Nq=18, d=33, kind="per image")),
+    "many prompts": Path(SHAPES["more prompts than tokens"]._replace(kind="table")),
+    "64 + 16 wide, a tail": Path(SHAPES["more queries than keys"]._replace(kind="table"), HALF),
+    "64 + 16 wide, two tiles of queries": Path(Shape(B=1, Nq=130, N=7, d=80), temperature=False),
+    "64 + 32 wide, prompts only": Path(SHAPES["prompts only"]._replace(kind="per image"), HALF),
+    "128 wide": Path(SHAPES["wide heads"]._replace(kind="per image"), temperature=False),
+    "128 wide, whole tiles of keys": Path(
+        Shape(B=1, Nq=20, N=246, P=10, H=1, d=128, kind="table"), HALF, temperature=False
+    ),
+    "128 wide, whole tiles and a tail": Path(Shape(B=1, Nq=20, N=300, H=1, d=128), HALF, temperature=False),
+    "more keys than are held": Path(Shape(B=1, Nq=20, N=300, H=1, d=64, kind="per image")),
+    "more images than are summed at once": Path(Shape(33, 1, 1, 1, 1, 8), trainable="prompt_v"),
+    "more images than are summed at once, a table": Path(
+        Shape(33, 1, 1, 1, 1, 8, "table"), trainable="prompt_k"
+    ),
+    "empty batch": Path(SHAPES["empty batch"]),
+    "no queries": Path(SHAPES["no queries"]._replace(kind="table")),
+    "q": Path(SMALL._replace(d=33), trainable="q"),
+    "temperature": Path(SMALL._replace(kind="table"), trainable="temperature"),
+    "k": Path(SMALL, trainable="k"),
+    "v": Path(SMALL, trainable="v temperature"),
+    "k and v": Path(SMALL._replace(d=33), trainable="k v", temperature=False),
+    "prompt_k": Path(SMALL._replace(kind="per image"), trainable="prompt_k"),
+    "prompt_v": Path(SMALL._replace(d=33), trainable="prompt_v"),
+    "prompts": Path(SHAPES["ViT"]._replace(kind="table"), trainable="prompt_k prompt_v"),
+    "k and prompt_k": Path(SMALL, trainable="k prompt_k q temperature"),
+    "v and prompt_v": Path(
+        SMALL._replace(kind="per image"), HALF, trainable="v prompt_v q", temperature=False
+    ),
+    "k and prompt_v": Path(SMALL, trainable="k prompt_v"),
+    "v and prompt_k": Path(SMALL, trainable="v prompt_k"),
+    "q, k and v": Path(SMALL, trainable="q k v"),
+}
 
 
 def draw(
@@ -126,3 +189,20 @@ def by_loops(
                 rows.append(sum((w / total * value for w, value in zip(weights, values, strict=True))))
     B, Nq, H, d = q.shape
     return torch.stack(rows).view(B, H, Nq, d).transpose(1, 2)
+
+
+def cross_attention(
+    x: Tensor, prompts: Tensor, weights: AttentionWeights, H: int, scale: float | None = None
+) -> Tensor:
+    """CVPT's cross-attention as its equations stand, by matmul and softmax in the inputs' dtype."""
+    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, proj_weight, proj_bias = weights
+
+    q = F.linear(x, q_weight, q_bias)
+    k, v = F.linear(prompts, k_weight, k_bias), F.linear(prompts, v_weight, v_bias)
+    d = q.shape[-1] // H
+    outs = []
+    for h in range(H):
+        part = slice(h * d, (h + 1) * d)
+        scores = q[..., part] @ k[..., part].mT * (d**-0.5 if scale is None else scale)
+        outs.append(scores.softmax(-1) @ v[..., part])
+    return F.linear(torch.cat(outs, -1), proj_weight, proj_bias)

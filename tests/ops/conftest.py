@@ -11,12 +11,27 @@ from numerics import backends_of, dtypes_of
 from fastprompt.ops import dispatch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "grid: a product of many cases; slow where Triton's interpreter runs it"
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `backend` says in its module's OPERATION whose backends those are (WITHOUT: all but these)."""
+    """Parametrize `backend` by the backends of the module's OPERATION, all but those in its WITHOUT.
+
+    The interpreter takes a hundred times longer than eager: it runs the grids only with the slow tests, and beside them
+    cases chosen to reach each path of the kernels.
+    """
     if "backend" in metafunc.fixturenames:
         without = getattr(metafunc.module, "WITHOUT", ())
+        grid = metafunc.definition.get_closest_marker("grid") is not None
         names = [name for name in backends_of(metafunc.module.OPERATION) if name not in without]
-        metafunc.parametrize("backend", names, indirect=True)
+        slow = [name == "triton" and grid and not torch.cuda.is_available() for name in names]
+        params = [
+            pytest.param(n, marks=[pytest.mark.slow] if s else []) for n, s in zip(names, slow, strict=True)
+        ]
+        metafunc.parametrize("backend", params, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.correctness import Function, Inputs, Oracle, evaluate  # noqa: F401
 from fastprompt.ops import dispatch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -32,42 +31,6 @@ def skip_unless_served(operation: str, backend: str, *arguments: object) -> None
     reason = dispatch.why_not(operation, backend, *arguments)
     if reason is not None:
         pytest.skip(reason)
-
-
-def assert_as_exact_as_eager(
-    function: Function,
-    eager: Function,
-    reference: Function,
-    inputs: Inputs,
-    spread: object = None,
-    given: Inputs | None = None,
-) -> None:
-    """Check `function(**inputs)` and its gradients against `reference` in float64; `eager` is the measure.
-
-    `given`: the same values in another memory layout, for `function` alone. `spread` is no longer needed.
-    """
-    Oracle(eager, inputs, exact=reference)(function, given)
-
-
-def assert_close(
-    got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float | None = None
-) -> None:
-    """Equal names, shapes and, to `tolerance` of the largest element, numbers (1e-10, in float32 1e-5)."""
-    assert got.keys() == want.keys()
-    if tolerance is None:
-        tolerance = 1e-10 if got["output"].dtype == torch.float64 else 1e-5
-    for name, w in want.items():
-        assert got[name].shape == w.shape, name
-        if w.numel():
-            error, size = _error(got[name], w), w.abs().max().item()
-            assert error <= tolerance * max(1.0, size), (
-                f"{name}: error {error:.2e}, largest element {size:.2e}"
-            )
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    difference = (got.double() - want.double()).abs()
-    return float("inf") if difference.isnan().any() else difference.max().item()
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> int:

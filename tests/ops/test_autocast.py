@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Shape, draw
+from attention_cases import Shape, cross_attention, draw
+from torch import Tensor
 
+from bench.correctness import Oracle
 from fastprompt.ops import (
     AttentionWeights,
     FoldedPrompts,
     folded_cross_attention,
     gated_blend,
-    gated_blend_reference,
     prompt_attention,
     prompt_cross_attention,
 )
@@ -31,7 +32,7 @@ def test_autocast_runs_attention_in_bfloat16_but_not_the_temperature(backend: st
         out = prompt_attention(**inputs)
         out.float().square().sum().backward()
     low = {n: x.detach().bfloat16() if x is not None and n != "temperature" else x for n, x in inputs.items()}
-    torch.testing.assert_close(out, prompt_attention(**low), rtol=0, atol=0)
+    assert torch.equal(out, prompt_attention(**low))
     at_one = prompt_attention(**{**low, "temperature": torch.ones(1)})
     assert out.dtype == torch.bfloat16
     assert not torch.equal(out, at_one)
@@ -57,7 +58,7 @@ def test_a_backward_inside_the_region_is_that_outside(folded: bool) -> None:
         return [t.grad for t in leaves if t.grad is not None]
 
     for got, want in zip(gradients(inside=True), gradients(inside=False), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert torch.equal(got, want)
 
 
 def test_autocast_accepts_mixed_dtypes(backend: str) -> None:
@@ -73,31 +74,36 @@ def test_autocast_leaves_float64_alone(backend: str) -> None:
     inputs = draw(SMALL, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         out = prompt_attention(**inputs)
-    torch.testing.assert_close(out, prompt_attention(**inputs), rtol=0, atol=0)
+    assert torch.equal(out, prompt_attention(**inputs))
 
 
 def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate() -> None:
-    x, delta, prompt_in = torch.randn(2, 5, 6), torch.randn(2, 5, 6), torch.randn(2, 2, 6)
-    gate = torch.tensor([0.5003], requires_grad=True)  # 0.5 in bfloat16
-    delta = delta.bfloat16().requires_grad_()
+    def plain(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor) -> Tensor:
+        y = x + delta
+        return torch.cat((y[:, :1], gate * y[:, 1:3] + (1 - gate) * prompt_in, y[:, 3:]), 1)
+
+    inputs = {"x": torch.randn(2, 5, 6), "delta": torch.randn(2, 5, 6).bfloat16()}
+    inputs |= {"prompt_in": torch.randn(2, 2, 6), "gate": torch.tensor([0.5003])}  # 0.5 in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        out = gated_blend(x, delta, prompt_in, gate, 1, 2)[0]
-        out.sum().backward()
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, gated_blend_reference(x, delta.float(), prompt_in, gate, 1, 2)[0])
-    assert delta.grad is not None
-    assert gate.grad is not None
-    assert (delta.grad.dtype, gate.grad.dtype) == (torch.bfloat16, torch.float32)
+        oracle = Oracle(plain, inputs)
+        got = oracle.evaluate(partial(gated_blend, start=1, length=2))
+        oracle.check(got)
+    assert got["output"].dtype == got["gradient of gate"].dtype == torch.float32
+    assert got["gradient of delta"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("form", ["folded", "direct"])
-def test_autocast_runs_cross_attention_in_bfloat16(form: Any) -> None:
-    x, prompts = torch.randn(2, 5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
-    weights = [torch.randn(8, 8) / 3 if i % 2 == 0 else torch.randn(8) for i in range(8)]
-    run = partial(prompt_cross_attention, x, prompts, AttentionWeights(*weights), 2, form=form)
+def test_autocast_runs_cross_attention_in_bfloat16(form: str) -> None:
+    inputs = {"x": torch.randn(2, 5, 8), "prompts": torch.randn(3, 8)}
+    for name in AttentionWeights._fields:
+        inputs[name] = torch.randn(8, 8) / 3 if name.endswith("weight") else torch.randn(8)
+
+    def run(function: Any, x: Tensor, prompts: Tensor, **weights: Tensor) -> Tensor:
+        return function(x, prompts, AttentionWeights(**weights), 2)
+
     with torch.autocast("cpu", torch.bfloat16):
-        out = run()
-        out.float().sum().backward()
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), run(), rtol=0.1, atol=0.1)
-    assert x.grad.dtype == prompts.grad.dtype == torch.float32
+        oracle = Oracle(partial(run, cross_attention), inputs)
+        got = oracle.evaluate(partial(run, partial(prompt_cross_attention, form=form)))
+        oracle.check(got)
+    assert got["output"].dtype == torch.bfloat16
+    assert got["gradient of x"].dtype == got["gradient of prompts"].dtype == torch.float32

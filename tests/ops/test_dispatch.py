@@ -1,4 +1,4 @@
-"""dispatch: who serves a call, how it is asked for, and what one is told when it cannot be."""
+"""dispatch: which backend runs a call, how it is asked for, and the error when it cannot run."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_auto_takes_the_first_backend_in_the_order_of_preference(registry: Any) 
     assert (triton.calls, cuda.calls) == (1, 0)
 
 
-def test_auto_passes_over_a_backend_that_cannot_serve_the_call(registry: Any) -> None:
+def test_auto_skips_a_backend_that_cannot_run_the_call(registry: Any) -> None:
     triton = registry("triton", "prompt_attention", reason="head_dim 32 is too small")
     cuda = registry("cuda", "prompt_attention")
     attend()
     assert (triton.calls, cuda.calls) == (0, 1)
 
 
-def test_auto_passes_over_a_backend_that_is_not_available(registry: Any) -> None:
+def test_auto_skips_a_backend_that_is_not_available(registry: Any) -> None:
     triton = registry("triton", "prompt_attention", missing="triton is not installed")
     attend()
     assert triton.calls == 0
@@ -82,7 +82,7 @@ def test_auto_falls_back_to_eager(registry: Any) -> None:
     assert name == "eager"
 
 
-def test_backward_may_be_served_by_another_backend(registry: Any) -> None:
+def test_backward_may_run_on_another_backend(registry: Any) -> None:
     triton = registry("triton", "prompt_attention")
     inputs = draw(Shape(), torch.float32)
     inputs["q"].requires_grad_()  # type: ignore[union-attr]
@@ -126,7 +126,7 @@ def test_a_backend_without_a_kernel_for_the_operation_says_so(registry: Any) -> 
         prompt_attention(**draw(Shape(), torch.float32), backend="triton")
 
 
-def test_a_bug_inside_a_check_is_not_read_as_unsupported(
+def test_a_bug_inside_a_check_is_raised_and_not_taken_for_unsupported(
     registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = registry("triton", "prompt_attention")
@@ -266,7 +266,7 @@ def test_a_norm_is_fused_where_a_kernel_computes_it(registry: Any) -> None:
 @pytest.mark.skipif(
     dispatch.why_missing("gated_blend", "cpu") is not None, reason="the native library is not installed"
 )
-def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
+def test_native_kernels_run_cpu_tensors_and_no_others(registry: Any) -> None:
     rows, gate = torch.ones(2, 3, 4), torch.ones(1)
     arguments = (rows, rows, rows[:, :1], gate, 0, 1)
     without_norm = (*arguments, None, None, None)
@@ -276,22 +276,28 @@ def test_native_kernels_serve_cpu_tensors_and_no_others(registry: Any) -> None:
     assert torch.equal(gated_blend(*arguments, backend="cpu")[0], gated_blend(*arguments, backend="eager")[0])
 
 
-def test_environment_variable_asks_for_a_backend() -> None:
-    program = "from fastprompt.ops import dispatch; print(dispatch.requested())"
+PROGRAM = """
+import sys
+from fastprompt.ops import dispatch
+print(dispatch.requested(), [m for m in sys.modules if m.startswith("fastprompt.kernels.triton")])
+"""
+
+
+def test_environment_variable_asks_for_a_backend_and_triton_is_imported_when_it_is_used() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PROGRAM],
         env={**os.environ, "FASTPROMPT_BACKEND": "Eager ", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert (result.stdout.strip(), result.returncode) == ("eager", 0), result.stderr
+    assert (result.stdout.strip(), result.returncode) == ("eager []", 0), result.stderr
 
 
 def test_a_wrong_environment_variable_is_an_error_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_request", "tpu")
-    with pytest.raises(ValueError, match="`FASTPROMPT_BACKEND`.*'tpu'"):
+    with pytest.raises(ValueError, match=r"`FASTPROMPT_BACKEND`.*'tpu'"):
         attend()
     monkeypatch.setattr(dispatch, "_request", "cuda")
     with pytest.raises(NotImplementedError, match="'cuda' was asked for by name"):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
-from numerics import (
-    assert_as_exact_as_eager,
-    assert_close,
-    by_dtype,
-    evaluate,
-    odd_strides,
-    packed,
-    saved_bytes,
-    skip_unless_served,
-    transposed,
-)
+from numerics import by_dtype, odd_strides, packed, saved_bytes, skip_unless_served, transposed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.correctness import Oracle, assert_same, evaluate
 from fastprompt.ops import (
     dispatch,
     folded_row_attention,
-    folded_row_attention_reference,
     row_attention,
 )
 
@@ -83,6 +74,7 @@ def plain(query: Tensor, rows: Tensor, prompt_rows: Tensor) -> Tensor:
     return torch.matmul(torch.matmul(query, every.mT).softmax(-1), every)
 
 
+@pytest.mark.grid
 @by_dtype
 @by_kind
 @by_shape
@@ -91,7 +83,23 @@ def test_output_and_gradients(
 ) -> None:
     inputs = draw(shape, dtype, device, per_image=per_image)
     skip_unless_served(OPERATION, backend, *inputs.values())
-    assert_as_exact_as_eager(folded_row_attention, plain, folded_row_attention_reference, inputs)
+    Oracle(plain, inputs)(folded_row_attention)
+
+
+# The kernels' tiles depend on the shape; the kind of prompts and the dtype, on nothing else.
+PATHS = {
+    name: (shape, i % 2 == 1, (torch.float32, torch.float16)[i // 2 % 2])
+    for i, (name, shape) in enumerate(SHAPES.items())
+}
+
+
+@pytest.mark.parametrize(("shape", "per_image", "dtype"), PATHS.values(), ids=PATHS.keys())
+def test_output_and_gradients_of_each_shape(
+    shape: Shape, per_image: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    inputs = draw(shape, dtype, device, per_image=per_image)
+    skip_unless_served(OPERATION, backend, *inputs.values())
+    Oracle(plain, inputs)(folded_row_attention)
 
 
 NAMES = ("query", "rows", "prompt_rows")
@@ -106,35 +114,27 @@ def test_gradients_are_the_same_whichever_else_trains(
     trainable: set[str], per_image: bool, backend: str, device: str
 ) -> None:
     inputs = draw(Shape(B=2), torch.float32, device, per_image=per_image)
-    cotangent = torch.randn(2, 3, 24)
-    got = evaluate(folded_row_attention, inputs, cotangent, trainable)
-    want = evaluate(folded_row_attention_reference, inputs, cotangent, trainable)
-    assert_close(got, want, 1e-5)
+    Oracle(plain, inputs, trainable=trainable)(folded_row_attention)
 
 
 @pytest.mark.parametrize("layout", [packed, odd_strides, transposed], ids=lambda layout: layout.__name__)
 def test_strides_do_not_matter(layout, backend: str, device: str) -> None:
     inputs = draw(Shape(B=2, N=5, D=16), torch.float32, device, per_image=True)
-    laid_out = {name: layout(x[:, :, None])[:, :, 0] for name, x in inputs.items()}  # type: ignore[index]
-    assert_as_exact_as_eager(
-        folded_row_attention, plain, folded_row_attention_reference, inputs, given=laid_out
-    )
+    given = {name: layout(x[:, :, None])[:, :, 0] for name, x in inputs.items()}  # type: ignore[index]
+    Oracle(plain, inputs)(folded_row_attention, given)
 
 
 def test_expanded_rows_and_gradient(backend: str, device: str) -> None:
     inputs = draw(Shape(), torch.float32, device)
     inputs["rows"] = inputs["rows"][:1].expand(3, -1, -1)  # type: ignore[index]
-    cotangent = torch.randn(1, 1, 24).expand(3, 3, 24)
-    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
-    assert_close(*results, 1e-5)
+    cotangent = torch.randn(1, 1, 24, device=device).expand(3, 3, 24)
+    Oracle(plain, inputs, cotangents=[cotangent])(folded_row_attention)
 
 
 def test_large_scores_overflow_nowhere(backend: str, device: str) -> None:
     inputs = draw(Shape(N=150, P=10), torch.float32, device)
     inputs["query"] *= 300  # type: ignore[operator]
-    cotangent = torch.randn(3, 3, 24)
-    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
-    assert_close(*results, 1e-3)
+    Oracle(plain, inputs)(folded_row_attention)
 
 
 def test_very_negative_scores_of_all_rows_are_a_softmax_all_the_same(backend: str, device: str) -> None:
@@ -142,16 +142,16 @@ def test_very_negative_scores_of_all_rows_are_a_softmax_all_the_same(backend: st
     for x in inputs.values():
         x.abs_()  # type: ignore[union-attr]
     inputs["query"] *= -200  # type: ignore[operator]
-    cotangent = torch.randn(3, 3, 24)
-    results = (evaluate(f, inputs, cotangent) for f in (folded_row_attention, folded_row_attention_reference))
-    assert_close(*results, 1e-3)
+    Oracle(plain, inputs)(folded_row_attention)
 
 
 def test_log_sum_exp_is_that_of_the_scores(backend: str, device: str) -> None:
-    query, rows, prompt_rows = draw(Shape(), torch.float32, device).values()
-    _, lse = OP(query, rows, prompt_rows, backend)
-    every = torch.cat([rows, prompt_rows.expand(3, -1, -1)], 1)  # type: ignore[list-item, union-attr]
-    torch.testing.assert_close(lse, (query @ every.mT).logsumexp(-1))  # type: ignore[operator]
+    def lse(query: Tensor, rows: Tensor, prompt_rows: Tensor) -> Tensor:
+        every = torch.cat([rows, prompt_rows.expand(3, -1, -1)], 1)
+        return (query @ every.mT).logsumexp(-1)
+
+    inputs = draw(Shape(), torch.float32, device)
+    Oracle(lse, inputs, backward=False)(lambda **i: OP(*i.values(), backend)[1])
 
 
 def test_runs_are_equal_to_the_last_bit(backend: str, device: str) -> None:
@@ -162,16 +162,15 @@ def test_runs_are_equal_to_the_last_bit(backend: str, device: str) -> None:
 
 
 def test_backend_by_name_goes_through_row_attention(backend: str, device: str) -> None:
-    maps = torch.randn(6, 16, device=device), torch.randn(6, 16, device=device)
-    arguments = (
-        torch.randn(2, 1, 2, 3, device=device),
-        torch.randn(2, 5, 16, device=device),
-        None,
-        *maps,
-        None,
-    )
-    out = row_attention(*arguments, backend=backend)
-    torch.testing.assert_close(out, row_attention(*arguments, backend="eager"))
+    inputs: dict[str, Tensor | None] = {
+        "q": torch.randn(2, 1, 2, 3, device=device),
+        "rows": torch.randn(2, 5, 16, device=device),
+        "prompt_rows": None,
+        "k_weight": torch.randn(6, 16, device=device),
+        "v_weight": torch.randn(6, 16, device=device),
+        "v_bias": None,
+    }
+    Oracle(partial(row_attention, backend="eager"), inputs)(partial(row_attention, backend=backend))
 
 
 @pytest.mark.parametrize("shape", [Shape(M=33), Shape(B=1, D=1537), Shape(B=1, M=17, D=769)], ids=str)
@@ -180,10 +179,7 @@ def test_what_the_kernel_does_not_hold_is_left_to_eager(shape: Shape, backend: s
     reason = dispatch.why_not(OPERATION, backend, *inputs.values())
     assert (reason is not None) == (backend == "triton")
     assert reason is None or "is not supported" in reason or "are not supported" in reason
-    torch.testing.assert_close(
-        folded_row_attention(**inputs, backend="eager"),  # type: ignore[arg-type]
-        folded_row_attention_reference(**inputs),  # type: ignore[arg-type]
-    )
+    Oracle(plain, inputs)(partial(folded_row_attention, backend="eager"))
 
 
 # Cost ---------------------------------------------------------------------------------------------------------------
@@ -252,10 +248,8 @@ def test_opcheck_of_the_gradient() -> None:
 
 
 def test_compiles_to_one_graph(fresh_compiler: None) -> None:
-    inputs = draw(Shape(), torch.float32)
-    cotangent = torch.randn(3, 3, 24)
     compiled = torch.compile(folded_row_attention, fullgraph=True, backend="aot_eager")
-    assert_close(*(evaluate(f, inputs, cotangent) for f in (compiled, folded_row_attention)), 1e-6)
+    Oracle(folded_row_attention, draw(Shape(), torch.float64))(compiled)
 
 
 def test_second_derivative_is_refused() -> None:
@@ -269,7 +263,7 @@ def test_vmap_is_a_loop() -> None:
     query, rows, prompt_rows = draw(Shape(), torch.float64).values()
     many = torch.stack([prompt_rows, prompt_rows * 2])  # type: ignore[list-item, operator]
     got = torch.func.vmap(folded_row_attention, in_dims=(None, None, 0))(query, rows, many)
-    torch.testing.assert_close(got, torch.stack([folded_row_attention(query, rows, p) for p in many]))  # type: ignore[arg-type]
+    assert_same(got, torch.stack([folded_row_attention(query, rows, p) for p in many]))  # type: ignore[arg-type]
 
 
 def test_autocast_runs_it_in_bfloat16_and_leaves_float64_alone() -> None:

@@ -6,15 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 from attention_cases import KINDS, Shape, draw
-from timm_families import images, small
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastprompt
 from fastprompt.ops import FoldedPrompts, dispatch, folded_cross_attention, gated_blend, prompt_attention
 
 
@@ -101,61 +97,3 @@ def test_blending_counts_no_products() -> None:
 
     inputs = {"x": x, "prompts": prompts, "gate": gate}
     assert counts(function, inputs, {"x", "prompts", "gate"}) == (0, 0)
-
-
-# Whole models -------------------------------------------------------------------------------------------------------
-
-
-class OfficialCVPT(torch.nn.Module):
-    """CVPT as the paper's code has it: prompts of each image, all rows through every block, matmul and softmax."""
-
-    def __init__(self, base: Any, P: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.base.head.requires_grad_(True)
-        D = base.embed_dim
-        self.prompts = torch.nn.ParameterList(torch.nn.Parameter(torch.empty(P, D)) for _ in base.blocks)
-
-    def forward(self, images: Tensor) -> Tensor:
-        base = self.base
-        x = base._pos_embed(base.patch_embed(images))
-        for block, prompts in zip(base.blocks, self.prompts, strict=True):
-            h = block.norm1(x)
-            x = x + self.attend(block.attn, h, h)
-            x = x + self.attend(block.attn, x, prompts.expand(x.shape[0], -1, -1))
-            x = x + block.mlp(block.norm2(x))
-        return base.head(base.norm(x)[:, 0])
-
-    @staticmethod
-    def attend(attn: Any, x: Tensor, source: Tensor) -> Tensor:
-        maps = zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), (x, source, source), strict=True)
-        q, k, v = (
-            F.linear(rows, weight, bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-            for weight, bias, rows in maps
-        )
-        out = (q @ k.mT * attn.scale).softmax(-1) @ v
-        return attn.proj(out.transpose(1, 2).flatten(2))
-
-
-def training_step(model: torch.nn.Module, B: int) -> int:
-    images = torch.empty(B, 3, 224, 224, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize(("P", "limit"), [(10, 0.82), (20, 0.85)])
-def test_a_training_step_of_cvpt_counts_less_than_the_official_form(P: int, limit: float) -> None:
-    with torch.device("meta"):
-        official = OfficialCVPT(timm.create_model("vit_base_patch16_224"), P)
-        ours: Any = fastprompt.get_prompt_model(
-            timm.create_model("vit_base_patch16_224"), fastprompt.CVPTConfig(P)
-        )
-    assert training_step(ours.train(), 64) <= limit * training_step(official, 64)
-
-
-def test_the_official_form_gives_the_same_logits() -> None:
-    ours: Any = fastprompt.get_prompt_model(small("vit"), fastprompt.CVPTConfig(5)).eval()
-    official = OfficialCVPT(ours.base, 5)
-    official.prompts = ours.prompts
-    torch.testing.assert_close(official(images()), ours(images()))

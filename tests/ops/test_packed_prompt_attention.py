@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import KINDS, Shape, concatenated, draw
-from numerics import Inputs, assert_as_exact_as_eager, assert_close, by_dtype, evaluate, saved_bytes
+from numerics import by_dtype, saved_bytes
 from torch import Tensor
 
-from fastprompt.ops import packed_prompt_attention, prompt_attention, prompt_attention_reference
+from bench.correctness import Inputs, Oracle, evaluate
+from fastprompt.ops import packed_prompt_attention, prompt_attention
 
 OPERATION = "packed_prompt_attention"
 TENSORS = ("qkv", "prompt_k", "prompt_v", "temperature")
@@ -41,45 +42,43 @@ def on_parts(function: Any) -> Any:
     return lambda qkv, **rest: function(*qkv.unbind(2), **rest)
 
 
+plain = on_parts(concatenated)
+
+
+@pytest.mark.grid
 @by_dtype
 @by_kind
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_output_and_gradients(backend: str, device: str, shape: Shape, kind: str, dtype: torch.dtype) -> None:
-    functions = (packed_prompt_attention, on_parts(concatenated), on_parts(prompt_attention_reference))
-    inputs = pack(draw(shape._replace(kind=kind), dtype, device))
-    assert_as_exact_as_eager(*functions, inputs, {"temperature": (shape.B, shape.H, shape.Nq, 1)})
+    Oracle(plain, pack(draw(shape._replace(kind=kind), dtype, device)))(packed_prompt_attention)
 
 
 def test_output_and_gradients_without_prompts_or_temperature(
     backend: str, device: str, widest: torch.dtype
 ) -> None:
     inputs = {"qkv": pack(draw(Shape(), widest, device))["qkv"]}
-    functions = (partial(packed_prompt_attention, scale=0.3), partial(prompt_attention_reference, scale=0.3))
-    cotangent = torch.randn(3, 11, 2, 32, dtype=widest, device=device)
-    got, want = (evaluate(f, inputs, cotangent) for f in (functions[0], on_parts(functions[1])))
-    assert_close(got, want)
+    Oracle(partial(plain, scale=0.3), inputs)(partial(packed_prompt_attention, scale=0.3))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("trainable", SUBSETS, ids=["+".join(sorted(names)) for names in SUBSETS])
-def test_each_subset_of_inputs_gets_its_gradients_and_no_others(
+def test_each_subset_of_inputs_gets_its_gradients(
     backend: str, device: str, widest: torch.dtype, trainable: set[str]
 ) -> None:
     inputs = pack(draw(Shape(B=2, Nq=5, N=5, P=2, d=8), widest, device))
-    cotangent = torch.randn(2, 5, 2, 8, dtype=widest, device=device)
-    want = evaluate(on_parts(prompt_attention_reference), inputs, cotangent, trainable)
-    assert_close(evaluate(packed_prompt_attention, inputs, cotangent, trainable), want)
+    Oracle(plain, inputs, trainable=trainable)(packed_prompt_attention)
 
 
-def test_any_strides_give_the_same(backend: str, device: str, widest: torch.dtype) -> None:
+@pytest.mark.parametrize("order", [(1, 0, 2, 3, 4), (2, 0, 3, 1, 4), (4, 3, 2, 1, 0)], ids=str)
+def test_strides_do_not_matter(
+    backend: str, device: str, widest: torch.dtype, order: tuple[int, ...]
+) -> None:
     inputs = pack(draw(Shape(), widest, device))
-    cotangent = torch.randn(3, 11, 2, 32, dtype=widest, device=device)
     qkv = inputs["qkv"]
     assert qkv is not None
-    want = evaluate(packed_prompt_attention, inputs, cotangent)
-    for order in ((1, 0, 2, 3, 4), (2, 0, 3, 1, 4), (4, 3, 2, 1, 0)):
-        back = [order.index(i) for i in range(5)]
-        laid_out = {**inputs, "qkv": qkv.permute(order).contiguous().permute(back)}
-        assert_close(evaluate(packed_prompt_attention, laid_out, cotangent), want)
+    back = [order.index(i) for i in range(5)]
+    given = {**inputs, "qkv": qkv.permute(order).contiguous().permute(back)}
+    Oracle(plain, inputs)(packed_prompt_attention, given)
 
 
 def test_the_gradient_is_one_contiguous_tensor(backend: str, device: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from numerics import assert_close, evaluate
+from attention_cases import cross_attention
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.correctness import Oracle
 from fastprompt.ops import (
     AttentionWeights,
     choose_form,
@@ -80,50 +80,27 @@ def call(function: Any, H: int, **options: Any) -> Any:
     return named
 
 
-def plain(
-    x: Tensor, prompts: Tensor, weights: AttentionWeights, H: int, scale: float | None = None
-) -> Tensor:
-    """CVPT's cross-attention as its equations stand, by matmul and softmax in the inputs' dtype."""
-    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, proj_weight, proj_bias = weights
-
-    def map_(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = rows @ weight.T
-        return out if bias is None else out + bias
-
-    q, k, v = map_(x, q_weight, q_bias), map_(prompts, k_weight, k_bias), map_(prompts, v_weight, v_bias)
-    d = q.shape[-1] // H
-    outs = []
-    for h in range(H):
-        part = slice(h * d, (h + 1) * d)
-        scores = q[..., part] @ k[..., part].mT * (d**-0.5 if scale is None else scale)
-        outs.append(scores.softmax(-1) @ v[..., part])
-    return map_(torch.cat(outs, -1), proj_weight, proj_bias)
-
-
 @by_shape
 @pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
 @pytest.mark.parametrize("scale", [None, 0.2], ids=["default scale", "scale 0.2"])
 def test_reference_is_the_definition(shape: Shape, per_image: bool, scale: float | None) -> None:
     inputs = draw(shape._replace(per_image=per_image), torch.float64)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=torch.float64)
-    functions = (call(f, shape.H, scale=scale) for f in (prompt_cross_attention_reference, plain))
-    assert_close(*(evaluate(f, inputs, cotangent) for f in functions), 1e-12)
+    reference = call(prompt_cross_attention_reference, shape.H, scale=scale)
+    Oracle(call(cross_attention, shape.H, scale=scale), inputs)(reference)
 
 
+@pytest.mark.grid
 @by_shape
 @by_form
 @pytest.mark.parametrize("scale", [None, 0.2], ids=["default scale", "scale 0.2"])
 def test_forms_agree_in_output_and_every_gradient(
     backend: str, device: str, widest: torch.dtype, shape: Shape, form: str, scale: float | None
 ) -> None:
-    inputs = draw(shape, widest, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
-    want = evaluate(call(prompt_cross_attention_reference, shape.H, scale=scale), inputs, cotangent)
-    got = evaluate(call(prompt_cross_attention, shape.H, scale=scale, form=form), inputs, cotangent)
-    # The gradient of `k_bias` is zero, the rounding of large sums that cancel.
-    assert_close(got, want, 1e-10 if widest == torch.float64 else 1e-4)
+    oracle = Oracle(call(cross_attention, shape.H, scale=scale), draw(shape, widest, device))
+    oracle(call(prompt_cross_attention, shape.H, scale=scale, form=form))
 
 
+@pytest.mark.grid
 @by_form
 @pytest.mark.parametrize("shape", [SHAPES["biases"], SHAPES["no biases"]], ids=["biases", "no biases"])
 @pytest.mark.parametrize(
@@ -141,12 +118,8 @@ def test_forms_agree_in_output_and_every_gradient(
 def test_gradients_only_for_what_trains(
     backend: str, device: str, widest: torch.dtype, form: str, shape: Shape, trainable: set[str]
 ) -> None:
-    inputs = draw(shape, widest, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
-    want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent, trainable)
-    assert_close(
-        evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent, trainable), want
-    )
+    oracle = Oracle(call(cross_attention, shape.H), draw(shape, widest, device), trainable=trainable)
+    oracle(call(prompt_cross_attention, shape.H, form=form))
 
 
 @pytest.mark.parametrize("form", ["direct", "auto"])
@@ -154,10 +127,9 @@ def test_prompts_per_image_take_the_direct_form(
     backend: str, device: str, widest: torch.dtype, form: str
 ) -> None:
     shape = Shape(per_image=True)
-    inputs = draw(shape, widest, device)
-    cotangent = torch.randn(shape.B, shape.N, shape.D, dtype=widest, device=device)
-    want = evaluate(call(prompt_cross_attention_reference, shape.H), inputs, cotangent)
-    assert_close(evaluate(call(prompt_cross_attention, shape.H, form=form), inputs, cotangent), want)
+    Oracle(call(cross_attention, shape.H), draw(shape, widest, device))(
+        call(prompt_cross_attention, shape.H, form=form)
+    )
 
 
 @by_form
@@ -172,31 +144,39 @@ def test_attention_to_no_prompts_is_the_bias_of_the_projection(
     inputs = draw(shape, torch.float64)
     out = call(prompt_cross_attention, shape.H, form=form)(**inputs)
     assert torch.equal(out, inputs["proj_bias"].expand_as(out) if bias else torch.zeros_like(out))  # type: ignore[union-attr]
-    torch.testing.assert_close(out, call(prompt_cross_attention_reference, shape.H)(**inputs))
+    assert torch.equal(out, call(prompt_cross_attention_reference, shape.H)(**inputs))
 
 
 # Which form ---------------------------------------------------------------------------------------------------------
 
 
-def counted(shape: Shape, form: str) -> int:
+PROMPT_COUNTS = (1, 5, 6, 7, 8, 9, 10, 11, 12, 20)
+
+
+def counted(shape: Shape, form: str, training: bool) -> int:
     inputs = draw(shape, torch.float32)
+    for name in ("x", "prompts") if training else ():
+        inputs[name] = inputs[name].detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        call(prompt_cross_attention, shape.H, form=form)(**inputs)
+        out = call(prompt_cross_attention, shape.H, form=form)(**inputs)
+        if training:
+            out.sum().backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("P", [1, 5, 8, 9, 10, 11, 12, 20], ids=lambda P: f"P={P}")
-def test_auto_takes_the_form_with_fewer_counted_operations(P: int) -> None:
-    shape = Shape(B=4, N=50, P=P, H=6, D=48, A=48)  # folded while H·P < D + P, P < 9.6, and a little less
-    inputs = draw(shape, torch.float32)
-    best = min(("folded", "direct"), key=lambda form: counted(shape, form))
-    assert inputs["prompts"] is not None
-    assert choose_form(4 * 50, inputs["prompts"], 48, 6, 8) == best
-    assert counted(shape, "auto") == counted(shape, best)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("P", PROMPT_COUNTS, ids=lambda P: f"P={P}")
+def test_auto_takes_the_form_with_fewer_counted_operations(P: int, training: bool) -> None:
+    # Folded while H·P < D + P, P < 9.6, in training H·P < 2/3·D + 7/6·P, P < 6.6; and a little less.
+    shape = Shape(B=4, N=50, P=P, H=6, D=48, A=48)
+    best = min(("folded", "direct"), key=lambda form: counted(shape, form, training))
+    assert choose_form(4 * 50, torch.empty(P, 48), 48, 6, 8, training=training) == best
+    assert counted(shape, "auto", training) == counted(shape, best, training)
 
 
-def test_both_forms_are_chosen_by_the_cases_above() -> None:
-    chosen = {choose_form(200, torch.empty(P, 48), 48, 6, 8) for P in (1, 5, 8, 9, 10, 11, 12, 20)}
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_both_forms_are_chosen_by_the_cases_above(training: bool) -> None:
+    chosen = {choose_form(200, torch.empty(P, 48), 48, 6, 8, training=training) for P in PROMPT_COUNTS}
     assert chosen == {"folded", "direct"}
 
 
@@ -248,9 +228,7 @@ def test_folded_prompts_serve_many_batches(backend: str, device: str, widest: to
     inputs = draw(Shape(), widest, device)
     weights = AttentionWeights(**{name: inputs[name] for name in FIELDS})  # type: ignore[arg-type]
     once = fold_prompts(inputs["prompts"], weights, 3, 8**-0.5)  # type: ignore[arg-type]
-    reference = partial(
-        prompt_cross_attention_reference, prompts=inputs["prompts"], weights=weights, num_heads=3
-    )
     for B in (1, 4):
-        x = torch.randn(B, 9, 24, dtype=widest, device=device)
-        torch.testing.assert_close(folded_cross_attention(x, once)[0], reference(x))  # type: ignore[call-arg]
+        inputs["x"] = torch.randn(B, 9, 24, dtype=widest, device=device)
+        oracle = Oracle(call(cross_attention, 3), inputs, backward=False)
+        oracle(lambda x, **rest: folded_cross_attention(x, once)[0])

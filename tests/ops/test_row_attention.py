@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_exact_as_eager, assert_close, by_dtype, by_layout, evaluate
+from numerics import by_dtype, by_layout
 from torch import Tensor
 
+from bench.correctness import Oracle, assert_same
 from fastprompt.ops import prompt_attention_reference, row_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -81,58 +82,63 @@ def test_equals_attention_on_projected_rows(
     sizes: tuple[int, ...], per_image: bool, scale: float | None
 ) -> None:
     inputs = draw(sizes, torch.float64, per_image=per_image)
-    B, R, _, _, H, d, _ = sizes
-    cotangent = torch.randn(B, R, H, d, dtype=torch.float64)
-    assert_close(*(evaluate(partial(f, scale=scale), inputs, cotangent) for f in (row_attention, projected)))
+    Oracle(partial(projected, scale=scale), inputs)(partial(row_attention, scale=scale))
 
 
 def test_without_prompts_bias_and_temperature() -> None:
     inputs = draw(SIZES["class token"], torch.float64, bias=False, temperature=False)
     inputs["prompt_rows"] = None
-    cotangent = torch.randn(2, 1, 3, 8, dtype=torch.float64)
-    assert_close(*(evaluate(f, inputs, cotangent) for f in (row_attention, projected)))
+    Oracle(projected, inputs)(row_attention)
 
 
 def test_bias_of_the_key_has_no_effect() -> None:
     inputs = draw(SIZES["class token"], torch.float64)
     k_bias = 10 * torch.randn(24, dtype=torch.float64)
-    torch.testing.assert_close(row_attention(**inputs), projected(**inputs, k_bias=k_bias))  # type: ignore[arg-type]
+    assert_same(row_attention(**inputs), projected(**inputs, k_bias=k_bias))  # type: ignore[arg-type]
+
+
+def plain(
+    q: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    temperature: Tensor | None = None,
+) -> Tensor:
+    """Plain PyTorch in the inputs' dtype: keys and values of all rows, matmul, softmax, matmul."""
+    every = torch.cat((rows, prompt_rows.expand(len(rows), *prompt_rows.shape[-2:])), 1)
+    k, v = (every @ k_weight.T).unflatten(-1, (3, 8)), (every @ v_weight.T + v_bias).unflatten(-1, (3, 8))
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * 8**-0.5
+    if temperature is not None:
+        scores = scores / temperature
+    return (scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 @by_dtype
 @pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
 def test_output_and_gradients(per_image: bool, dtype: torch.dtype) -> None:
-    def plain(
-        q: Tensor, rows: Tensor, prompt_rows: Tensor, k_weight: Tensor, v_weight: Tensor, v_bias: Tensor
-    ) -> Tensor:
-        every = torch.cat((rows, prompt_rows.expand(len(rows), *prompt_rows.shape[-2:])), 1)
-        k, v = (every @ k_weight.T).unflatten(-1, (3, 8)), (every @ v_weight.T + v_bias).unflatten(-1, (3, 8))
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * 8**-0.5
-        return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
-
     inputs = draw(SIZES["class token"], dtype, per_image=per_image, temperature=False)
-    del inputs["temperature"]
-    assert_as_exact_as_eager(row_attention, plain, projected, inputs)
+    Oracle(plain, inputs)(row_attention)
 
 
 @by_layout
 def test_strides_do_not_matter(layout) -> None:
     inputs = draw(SIZES["class token"], torch.float64)
-    laid_out = {
+    given = {
         **inputs,
         "q": layout(inputs["q"]),
         "rows": layout(inputs["rows"][:, :, None])[:, :, 0],  # type: ignore[index]
         "prompt_rows": layout(inputs["prompt_rows"][None, :, None])[0, :, 0],  # type: ignore[index]
     }
-    torch.testing.assert_close(row_attention(**laid_out), projected(**laid_out))
+    same = {name: None if x is None else x.contiguous() for name, x in given.items()}
+    Oracle(projected, same)(row_attention, given)
 
 
 def test_autocast_runs_it_in_low_precision_and_trains_the_temperature_in_float32() -> None:
-    inputs = draw(SIZES["class token"], torch.float32)
-    inputs["temperature"].requires_grad_()  # type: ignore[union-attr]
     with torch.autocast("cpu", torch.bfloat16):
-        out = row_attention(**inputs)  # type: ignore[arg-type]
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), projected(**inputs), rtol=0.05, atol=0.05)  # type: ignore[arg-type]
-    out.sum().backward()
-    assert inputs["temperature"].grad.dtype == torch.float32  # type: ignore[union-attr]
+        oracle = Oracle(plain, draw(SIZES["class token"], torch.float32))
+        got = oracle.evaluate(row_attention)
+        oracle.check(got)
+    assert got["output"].dtype == torch.bfloat16
+    assert got["gradient of temperature"].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Why timm's other classes are not supported: the reasons, as data, and the message made of them."""
+"""Reasons why timm classes are not supported, as data, and the message made of them."""
 
 from __future__ import annotations
 

@@ -92,19 +92,21 @@ _FAST = {cls.timm_class: cls for cls in (FastAttention, FastAttentionRope, FastE
 
 def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Run the kernels, or timm's `forward` for what they do not support, and count such calls."""
-    options = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
-    if isinstance(
-        x, Proxy
-    ):  # every torch.fx tracer records the module as one call, also those without timm's registry
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(attn), (x,), options)
+    given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
+    if isinstance(x, Proxy):  # torch.fx's own tracer does not know timm's registry of leaves
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(attn), (x,), _options(given))
     reason = _fallback_reason(attn, attn_mask, is_causal)
     if reason is not None:
         if not torch.compiler.is_compiling():
             getattr(attn, _FALLBACKS)[reason] += 1
-        return attn.timm_forward(x, **options)
+        return attn.timm_forward(x, **_options(given))
     out = vit.self_attend(attn, x, rope=rope, backend=getattr(attn, _BACKEND))
     return vit.attention_adapter(attn).finish(attn, out, x)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that differ from their defaults; `Attention.forward` has no `rope`."""
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def _fallback_reason(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> str | None:

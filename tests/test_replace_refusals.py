@@ -1,19 +1,22 @@
-"""What `replace_attention` refuses, what it says then, and what it serves of a user's own."""
+"""The modules that `replace_attention` refuses, its messages, and a user's own modules that it replaces."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from timm.layers.attention import Attention
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm_families import close, gradients, images, same_gradients, small, vit
+from timm_families import gradients, images, small, vit
 from torch import Tensor, nn
 
 import fastprompt
-from fastprompt import vit as adapters
+from bench.correctness import assert_same
 from fastprompt.ops import dispatch
+from fastprompt.refusals import class_path
 from fastprompt.replace import FastAttention, replace_attention, restore_attention
 
 
@@ -57,18 +60,48 @@ def test_a_users_subclass_is_refused() -> None:
     assert report.reason is not None
     assert "OwnAttention: a subclass of Attention may compute something else" in report.reason
     assert type(model.blocks[0].attn) is OwnAttention  # type: ignore[index, union-attr]
-    close(model(images()), expected)
+    assert_same(model(images()), expected)
     with pytest.raises(NotImplementedError, match=r"blocks\.0: .*OwnAttention: a subclass of Attention"):
         fastprompt.get_prompt_model(model, fastprompt.VPTConfig(num_prompts=2))
 
 
-def test_a_users_own_model_of_timm_blocks_is_served() -> None:
+class OwnWindows(WindowAttention):
+    """A user's subclass of an attention that is not supported."""
+
+
+class OwnSwin(SwinTransformer):
+    """A user's subclass of a pyramid."""
+
+
+def test_a_subclass_of_a_pyramid_is_refused_with_its_reason() -> None:
+    model: Any = OwnSwin(
+        img_size=32, patch_size=4, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
+    )
+    model.layers[0].blocks[0].attn.__class__ = OwnWindows
+    reason = "attention within windows of a pyramid of feature maps, with relative position bias"
+    report = replace_attention(model)
+    assert [row.cls for row in report.skipped] == [
+        class_path(model.layers[0].blocks[0].attn),
+        "timm.models.swin_transformer.WindowAttention",
+    ]
+    assert all(row.reason == f"{row.cls}: {reason}" for row in report.skipped)
+    message = rf"OwnSwin: {reason} \(layers\.0\.blocks\.0\.attn, .*OwnWindows\)"
+    with pytest.raises(NotImplementedError, match=message):
+        fastprompt.get_prompt_model(model, fastprompt.VPTConfig(num_prompts=2))
+
+
+def test_models_without_a_fixed_number_of_tokens_take_no_prompts() -> None:
+    with pytest.raises(NotImplementedError, match="NaFlexVit: each image may have its own number of tokens"):
+        fastprompt.get_prompt_model(small("naflex"), fastprompt.VPTConfig(num_prompts=2))
+
+
+def test_a_users_own_model_of_timm_blocks_is_replaced() -> None:
     model = OwnModel().double()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     expected = model(x)
     report = replace_attention(model, strict=True)
     assert [r.name for r in report.replaced] == ["layers.0.attn", "layers.1.attn"]
-    close(model(x), expected)
+    assert_same(model(x), expected)
     assert all(type(layer.attn) is FastAttention for layer in model.layers)
 
 
@@ -79,10 +112,10 @@ def test_a_users_model_may_be_called_attention() -> None:
     assert len(replace_attention(nn.Sequential(AttentionClassifier()), strict=True).replaced) == 2
     report = replace_attention(nn.Sequential(nn.MultiheadAttention(8, 2)))
     assert report.reason is not None
-    assert "MultiheadAttention: not one of the classes that are read" in report.reason
+    assert "MultiheadAttention: not one of the supported classes" in report.reason
 
 
-def test_a_lone_block_and_a_lone_attention_are_served() -> None:
+def test_a_lone_block_and_a_lone_attention_are_replaced() -> None:
     assert replace_attention(Block(48, 3)).replaced[0].name == "attn"
     assert replace_attention(Attention(48, 3)).replaced[0].name == ""
 
@@ -95,7 +128,7 @@ def test_attention_outside_a_known_block_is_refused() -> None:
 
     report = replace_attention(OwnBlock())
     assert report.replaced == []
-    assert "OwnBlock: not one of the classes that are read" in str(report)
+    assert "OwnBlock: not one of the supported classes" in str(report)
 
 
 @pytest.mark.parametrize("target", ["qkv", "proj"])
@@ -111,10 +144,8 @@ def test_a_wrapped_linear_works_replaced_but_takes_no_prompts(name: str, target:
     expected = gradients(model, model)
     assert f"blocks.1.attn.{target}.up.weight" in expected
     replace_attention(model, strict=True)
-    same_gradients(gradients(model, model), expected)
-    with pytest.raises(
-        NotImplementedError, match=r"blocks\.1: .*LowRank stands where a plain torch.nn.Linear is read"
-    ):
+    assert_same(gradients(model, model), expected)
+    with pytest.raises(NotImplementedError, match=r"blocks\.1: .*LowRank is not a plain torch.nn.Linear"):
         fastprompt.get_prompt_model(model, fastprompt.VPTConfig(num_prompts=2))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
@@ -151,7 +182,9 @@ def test_unknown_backend() -> None:
 def test_missing_backend_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch._backends["cuda"], "why_unavailable", lambda: "no such library")
     model = small("vit")
-    with pytest.raises(NotImplementedError, match="backend 'cuda' cannot serve attention: no such library"):
+    with pytest.raises(
+        NotImplementedError, match="backend 'cuda' does not support attention: no such library"
+    ):
         replace_attention(model, backend="cuda")
     assert restore_attention(model) == 0
 
@@ -160,15 +193,22 @@ def test_missing_backend_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch)
     "model", [None, "vit_base_patch16_224", VisionTransformer], ids=["none", "name", "class"]
 )
 def test_not_a_module(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"`replace_attention`: `model` must be an nn\.Module; got"):
-        replace_attention(model)
+    for function in (replace_attention, restore_attention):
+        message = f"`{function.__name__}`: `model` must be an nn.Module; got {model!r}; pass the model itself"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            function(model)
+
+
+def test_traced_code_is_named_as_the_reason() -> None:
+    graph = torch.fx.symbolic_trace(small("vit"))
+    assert "GraphModuleImpl; replace attention before tracing" in str(replace_attention(graph).reason)
 
 
 def test_report_is_a_table() -> None:
     model = mixed_model()
     report = replace_attention(model)
     model.blocks[0].attn(torch.zeros(1, 2, 48, dtype=torch.float64), is_causal=True)
-    path = adapters.class_path(model.blocks[1].attn)
+    path = class_path(model.blocks[1].attn)
     width = len(path)  # the longer of the two classes
     assert str(report) == "\n".join(
         [
@@ -176,8 +216,8 @@ def test_report_is_a_table() -> None:
             f"modules  first          {'class'.ljust(width)}  action",
             f"2        blocks.0.attn  {'timm.layers.attention.Attention'.ljust(width)}  replaced",
             f"1        blocks.1.attn  {path}  skipped: a subclass of Attention may compute "
-            "something else; only the class itself is served",
-            "1 calls took timm's own path: causal attention",
+            "something else; only the class itself is supported",
+            "calls of timm's own forward: causal attention (1)",
         ]
     )
     assert repr(report) == str(report)

@@ -1,6 +1,7 @@
-"""Every model that the installed timm registers: served, or refused with a reason, and never a crash.
+"""Every model that the installed timm registers is supported, or refused with a reason.
 
-The tables below say what is expected of each class. A class that they do not name (a newer timm's) must be refused.
+The tables below, and that of docs/supported-models.md, say what is expected of each class. A class that they do not
+name (a newer timm's) must be refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastprompt
-from fastprompt import vit
+from fastprompt import refusals, vit
+from fastprompt.refusals import class_path
 from fastprompt.replace import ReplacementReport
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,62 +37,12 @@ REPLACED = {
 }
 # Models that take prompts, unless a block of theirs is refused.
 PROMPTED = set(REPLACED) - {"timm.models.naflexvit.NaFlexVit"}
-# Attention classes that are refused in some models of the table above, though served in others.
+# Attention classes that are refused in some models of the table above, though replaced in others.
 PARTLY = {"timm.layers.attention.AttentionRope": "grouped-query attention"}
-# Module of timm.models (or timm.layers) -> the classes in it that are refused.
-REFUSED = {
-    "layers.diff_attention": "DiffAttention",
-    "models._efficientnet_blocks": "MobileAttention",
-    "models.beit": "Attention",
-    "models.cait": "ClassAttn TalkingHeadAttn",
-    "models.coat": "FactorAttnConvRelPosEnc",
-    "models.convit": "GPSA MHSA",
-    "models.cpubone": "ConvAttention",
-    "models.crossvit": "MultiScaleBlock",
-    "models.csatv2": "SpatialAttention TransformerBlock",
-    "models.davit": "ChannelAttention ChannelAttentionV2 WindowAttention",
-    "models.deepseek_vit": "DeepseekVitBlock",
-    "models.edgenext": "CrossCovarianceAttn",
-    "models.efficientformer": "Attention",
-    "models.efficientformer_v2": "Attention2d Attention2dDownsample",
-    "models.efficientvit_mit": "LiteMLA",
-    "models.efficientvit_msra": "LocalWindowAttention",
-    "models.eva": "EvaBlockPostNorm",
-    "models.fastvit": "AttentionBlock",
-    "models.gcvit": "WindowAttentionGlobal",
-    "models.gemma4_vit": "Gemma4Attention",
-    "models.hiera": "MaskUnitAttention",
-    "models.hieradet_sam2": "MultiScaleAttention",
-    "models.iformer": "SHMA",
-    "models.levit": "Attention AttentionDownsample",
-    "models.lowformer": "ConvAttention",
-    "models.maxxvit": "Attention2d ParallelPartitionAttention PartitionAttentionCl",
-    "models.metaformer": "Attention",
-    "models.mobilevit": "LinearSelfAttention MobileVitBlock",
-    "models.mvitv2": "MultiScaleAttention",
-    "models.nest": "Attention",
-    "models.nextvit": "ConvAttention EfficientAttention",
-    "models.pit": "Transformer",
-    "models.pvt_v2": "Attention",
-    "models.qwen3_vit": "Qwen3VitEncoder",
-    "models.shvit": "SHSA",
-    "models.swiftformer": "EfficientAdditiveAttention",
-    "models.swin_transformer": "WindowAttention",
-    "models.swin_transformer_v2": "WindowAttention",
-    "models.swin_transformer_v2_cr": "WindowMultiHeadAttention",
-    "models.tiny_vit": "Attention",
-    "models.tnt": "Attention",
-    "models.twins": "GlobalSubSampleAttn LocallyGroupedAttn",
-    "models.vision_transformer": "DiffParallelScalingBlock ParallelScalingBlock ParallelThingsBlock",
-    "models.vision_transformer_relpos": "RelPosAttention",
-    "models.vision_transformer_sam": "Attention",
-    "models.visformer": "Attention",
-    "models.volo": "Attention ClassAttention OutlookAttention",
-    "models.xcit": "ClassAttentionBlock XCA",
-}
-REFUSED_CLASSES = {f"timm.{module}.{cls}" for module, names in REFUSED.items() for cls in names.split()}
+# Attention class -> why it is refused, as documented.
+REFUSED = dict(re.findall(r"^\| `(timm\.[\w.]+)` \| (.+?) \|$", DOCS.read_text(), flags=re.MULTILINE))
 
-# What users reach for first: name -> (is attention replaced, are prompts served).
+# What users reach for first: name -> (is attention replaced, are prompts supported).
 WELL_KNOWN = {
     "vit_base_patch16_224": (True, True),
     "vit_base_patch16_clip_224": (True, True),
@@ -124,7 +76,7 @@ def skeletons() -> Iterator[None]:
 
     The same models as under ``torch.device("meta")``, three times as fast: index tables are made by real kernels.
     """
-    # torch keeps the set of constructors that a device context serves from its first use on: it must see the
+    # torch keeps the set of constructors that a device context covers from its first use on: it must see the
     # real `torch.empty`, not the one below, or every later `with torch.device(...)` of the process is without effect.
     with torch.device("meta"):
         empty = torch.empty
@@ -159,7 +111,7 @@ def build(name: str) -> nn.Module:
 
 def check(name: str, model: nn.Module) -> ReplacementReport:
     """Replace attention, then add prompts, and compare both with the tables."""
-    cls = vit.class_path(model)
+    cls = class_path(model)
     report = fastprompt.replace_attention(model)
     assert (report.reason is None) == bool(report.replaced)
     assert report.reason is None or len(report.reason) > 20
@@ -168,10 +120,8 @@ def check(name: str, model: nn.Module) -> ReplacementReport:
     for row in report.skipped:
         assert row.reason, f"{name}: {row} is skipped without a reason"
         assert re.match(r"timm\.[\w.]+: .{10,}", row.reason), f"{name}: {row.reason!r} is not 'class: reason'"
-        if row.cls in REFUSED_CLASSES:
-            assert "not one of the classes" not in row.reason, (
-                f"{name}: {row.cls} is known, but refused as unknown"
-            )
+        if row.cls in REFUSED:
+            assert "not one of" not in row.reason, f"{name}: {row.cls} is known, but refused as unknown"
         elif row.cls in REPLACED.get(cls, ()):
             assert PARTLY.get(row.cls, "no reason") in row.reason, f"{name}: {row.reason}"
     _check_complete(name, model, report)
@@ -184,31 +134,33 @@ def _check_complete(name: str, model: nn.Module, report: ReplacementReport) -> N
     replaced = {row.name for row in report.replaced}
     skipped = {row.name for row in report.skipped}
     for path, module in model.named_modules():
-        if isinstance(module, tuple(c for c in vit.ATTENTION if c.__module__.startswith("timm."))):
+        if isinstance(module, tuple(vit.ATTENTION)):
             parents = {path[:i] for i in (0, *(m.start() for m in re.finditer(r"\.", path)), len(path))}
             assert path in replaced or parents & skipped, f"{name}: {path} is not in the report"
-        elif vit.class_path(module) in REFUSED_CLASSES and not any(
+        elif class_path(module) in REFUSED and not any(
             path != row and path.startswith(f"{row}.") for row in skipped
         ):
-            assert path in skipped, f"{name}: {path} ({vit.class_path(module)}) is not in the report"
+            assert path in skipped, f"{name}: {path} ({class_path(module)}) is not in the report"
 
 
 def _check_prompts(name: str, model: nn.Module, report: ReplacementReport) -> None:
-    cls = vit.class_path(model)
+    cls = class_path(model)
     flags = [p.requires_grad for p in model.parameters()]
     config = fastprompt.VPTConfig(num_prompts=2)
     if cls in PROMPTED and not report.skipped:
         prompted = fastprompt.get_prompt_model(model, config)
         assert len(prompted.prompts) == len(model.blocks), name  # type: ignore[arg-type]
         return
-    with pytest.raises(NotImplementedError, match=r"timm\.[\w.]+: .{10,}"):
+    with pytest.raises(NotImplementedError, match=r"timm\.[\w.]+: .{10,}") as error:
         fastprompt.get_prompt_model(model, config)
+    if any(row.cls in REFUSED for row in report.skipped):
+        assert "not one of" not in str(error.value), f"{name}: known, but refused as unknown"
     assert [p.requires_grad for p in model.parameters()] == flags, f"{name}: refused, yet changed"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_every_timm_model_is_served_or_refused_with_a_reason(shard: int) -> None:
+def test_every_timm_model_is_supported_or_refused_with_a_reason(shard: int) -> None:
     names = timm.list_models()[shard::SHARDS]
     assert len(names) > 100
     gc.disable()  # a million small objects: each full collection would walk them all
@@ -225,7 +177,7 @@ def test_every_timm_model_is_served_or_refused_with_a_reason(shard: int) -> None
 
 
 @pytest.mark.parametrize("name", WELL_KNOWN)
-def test_well_known_models_are_served_as_documented(name: str) -> None:
+def test_well_known_models_are_supported_as_documented(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     with skeletons():
@@ -254,7 +206,7 @@ def test_skeletons_equal_models_built_on_the_meta_device() -> None:
     assert torch.empty(1).device.type == "cpu"
 
 
-def test_device_contexts_serve_after_skeletons_used_one() -> None:
+def test_device_contexts_work_after_skeletons_used_one() -> None:
     constructors = torch.utils._device._device_constructors  # type: ignore[attr-defined]
     constructors.cache_clear()
     with skeletons(), torch.device("meta"):
@@ -263,10 +215,5 @@ def test_device_contexts_serve_after_skeletons_used_one() -> None:
         assert torch.empty(1).is_meta
 
 
-def test_table_of_refused_classes_is_the_code_s() -> None:
-    assert set(vit._REFUSED) == REFUSED_CLASSES
-
-
 def test_documentation_lists_every_refused_class_with_the_code_s_reason() -> None:
-    rows = dict(re.findall(r"^\| `(timm\.[\w.]+)` \| (.+?) \|$", DOCS.read_text(), flags=re.MULTILINE))
-    assert rows == vit._REFUSED
+    assert refusals.ATTENTION_REASONS == REFUSED

@@ -1,4 +1,4 @@
-"""The adapters against timm's own modules: what they read is what timm computes."""
+"""The adapters compute what timm's own modules compute."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from timm.models.vitamin import GeGluMlp
 from timm_families import PRESENT, accepts, randomise, small
 from torch import Tensor, nn
 
+from bench.correctness import assert_same
 from fastprompt import vit
 
 ROPED = [name for name in PRESENT if not name.startswith(("vit", "deit", "naflex"))]
@@ -32,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What timm hands to its attention kernel, and gets: q, k, v and out as [B, N, H, d]."""
+    """Record the inputs and the output of timm's attention kernel: q, k, v and out as [B, N, H, d]."""
     found: dict[str, Tensor] = {}
     run = F.scaled_dot_product_attention
 
@@ -43,10 +44,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     return found
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def attention_of(name: str) -> Any:
@@ -73,13 +70,13 @@ def test_queries_keys_and_values_are_what_timms_kernel_is_given(name: str, seen:
     x = tokens(attn)
     out = attn(x)
     for actual, expected in zip(adapter.qkv(attn, x), (seen["q"], seen["k"], seen["v"]), strict=True):
-        close(actual, expected)
+        assert_same(actual, expected)
     k, v = adapter.keys_values(attn, x)
-    close(k, seen["k"])
-    close(v, seen["v"])
-    close(adapter.queries(attn, x[:, :2]), seen["q"][:, :2])
-    close(adapter.finish(attn, seen["out"], x), out)
-    close(adapter.finish(attn, seen["out"][:, :1], x[:, :1]), out[:, :1])
+    assert_same(k, seen["k"])
+    assert_same(v, seen["v"])
+    assert_same(adapter.queries(attn, x[:, :2]), seen["q"][:, :2])
+    assert_same(adapter.finish(attn, seen["out"], x), out)
+    assert_same(adapter.finish(attn, seen["out"][:, :1], x[:, :1]), out[:, :1])
 
 
 @pytest.mark.parametrize("name", ROPED)
@@ -90,12 +87,12 @@ def test_rotary_position_is_timms(name: str, seen: dict[str, Tensor]) -> None:
     rope = rope_for(attn, 9)
     attn(x, rope=rope)
     for actual, expected in zip(adapter.qkv(attn, x, rope), (seen["q"], seen["k"], seen["v"]), strict=True):
-        close(actual, expected)
+        assert_same(actual, expected)
     k, v = adapter.keys_values(attn, x, rope)
-    close(k, seen["k"])
-    close(v, seen["v"])
+    assert_same(k, seen["k"])
+    assert_same(v, seen["v"])
     prefix = attn.num_prefix_tokens
-    close(adapter.queries(attn, x[:, :prefix]), seen["q"][:, :prefix])
+    assert_same(adapter.queries(attn, x[:, :prefix]), seen["q"][:, :prefix])
 
 
 @pytest.mark.parametrize("name", ROPED)
@@ -112,10 +109,10 @@ def test_carried_prompts_get_no_rotary_position(name: str) -> None:
         adapter.qkv(attn, prompts),
         strict=True,
     ):
-        close(joined, torch.cat([plain[:, :prefix], alone, plain[:, prefix:]], dim=1))
+        assert_same(joined, torch.cat([plain[:, :prefix], alone, plain[:, prefix:]], dim=1))
     k, v = adapter.keys_values(attn, longer, rope, extra_prefix=3)
-    close(k, adapter.qkv(attn, longer, rope, extra_prefix=3)[1])
-    close(v, adapter.qkv(attn, longer, rope, extra_prefix=3)[2])
+    assert_same(k, adapter.qkv(attn, longer, rope, extra_prefix=3)[1])
+    assert_same(v, adapter.qkv(attn, longer, rope, extra_prefix=3)[2])
 
 
 @pytest.mark.parametrize("name", PRESENT)
@@ -126,8 +123,8 @@ def test_keys_and_values_of_prompts_without_a_batch(name: str) -> None:
     k, v = adapter.keys_values(attn, rows[0])
     batched = adapter.keys_values(attn, rows)
     assert k.shape == (4, attn.num_heads, attn.head_dim)
-    close(k, batched[0][0])
-    close(v, batched[1][0])
+    assert_same(k, batched[0][0])
+    assert_same(v, batched[1][0])
 
 
 @pytest.mark.parametrize("name", PRESENT)
@@ -143,7 +140,7 @@ def test_weights_are_the_modules_own_maps(name: str) -> None:
         (weights.v_weight, weights.v_bias),
     )
     for (weight, bias), projected in zip(maps, adapter.project(attn, x), strict=True):
-        close(F.linear(x, weight, bias), projected.flatten(2))
+        assert_same(F.linear(x, weight, bias), projected.flatten(2))
     assert weights.proj_weight is attn.proj.weight
     assert weights.proj_bias is attn.proj.bias
     storages = {p.untyped_storage().data_ptr() for p in attn.parameters()}
@@ -163,21 +160,23 @@ def test_gradients_reach_every_parameter_through_keys_and_values(name: str) -> N
     (k.sin().sum() + v.cos().sum()).backward()
     for n, p in attn.named_parameters():
         if n in maps:
-            close(found[n], p.grad)  # type: ignore[arg-type]
+            assert_same(found[n], p.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRESENT)
-def test_folds_unless_norm_or_rotary_position_acts_on_keys(name: str) -> None:
+def test_key_and_value_maps_are_absorbed_unless_norm_or_rotary_position_acts_on_them(name: str) -> None:
     attn = attention_of(name)
     adapter = vit.ATTENTION[type(attn)]
-    assert adapter.folds(attn, rope=False) is ("qk-norm" not in name and name != "rope-unfused-head-dim")
-    assert not adapter.folds(attn, rope=True)
+    assert adapter.can_absorb_kv(attn, rope=False) is (
+        "qk-norm" not in name and name != "rope-unfused-head-dim"
+    )
+    assert not adapter.can_absorb_kv(attn, rope=True)
 
 
 def test_attention_dropout_is_refused_rather_than_dropped() -> None:
     attn: Any = Attention(48, 3, attn_drop=0.25)
     q, k, v = vit.ATTENTION[Attention].qkv(attn, torch.randn(2, 5, 48))
-    with pytest.raises(NotImplementedError, match=r"attention dropout 0\.25 is active.*eval mode"):
+    with pytest.raises(NotImplementedError, match=r"active attention dropout.*got p = 0\.25; .*eval mode"):
         vit.attend(attn, q, k, v)
     assert vit.attend(attn.eval(), q, k, v).shape == (2, 5, 3, 16)
 
@@ -198,7 +197,7 @@ def test_block_adapter_runs_the_block(name: str, training: bool) -> None:
     h = adapter.attention_input(block, x)
     q, k, v = attention.qkv(block.attn, h, **options)
     y = adapter.add_attention(block, x, attention.finish(block.attn, vit.attend(block.attn, q, k, v), h))
-    close(adapter.add_mlp(block, y, block.mlp(adapter.mlp_input(block, y))), expected)
+    assert_same(adapter.add_mlp(block, y, block.mlp(adapter.mlp_input(block, y))), expected)
 
 
 MLPS = {
@@ -222,8 +221,8 @@ def test_mlp_hidden_is_what_enters_the_last_map(name: str) -> None:
     expected = mlp(x)
     torch.manual_seed(0)
     hidden = vit.mlp_hidden(mlp, x)
-    close(mlp.fc2(hidden), expected)  # type: ignore[operator]
-    close(mlp.fc2(hidden.mean(1)), expected.mean(1))  # type: ignore[operator]
+    assert_same(mlp.fc2(hidden), expected)  # type: ignore[operator]
+    assert_same(mlp.fc2(hidden.mean(1)), expected.mean(1))  # type: ignore[operator]
 
 
 class Wrapped(nn.Linear):
@@ -271,7 +270,7 @@ def test_reasons_name_the_class() -> None:
         pass
 
     assert vit.block_reason(nn.Linear(2, 2)) == (
-        "torch.nn.modules.linear.Linear: not one of the classes that are read "
+        "torch.nn.modules.linear.Linear: not one of the supported classes "
         "(Block, ResPostBlock, EvaBlock, Attention, AttentionRope, EvaAttention)"
     )
     assert "OwnBlock: a subclass of Block may compute something else" in str(
@@ -281,7 +280,7 @@ def test_reasons_name_the_class() -> None:
     assert parallel.endswith("ParallelScalingBlock: attention and MLP run in parallel on one input")
     block: Any = Block(48, 3)
     block.attn = nn.Identity()
-    assert "Identity: not one of the classes" in str(vit.block_reason(block))
+    assert "Identity: not one of the supported classes" in str(vit.block_reason(block))
 
 
 @pytest.mark.skipif(not accepts(AttentionRope, "num_kv_heads"), reason="this timm has no grouped queries")
@@ -300,6 +299,6 @@ def test_prompt_reason_names_the_map_that_is_not_plain(fused: bool) -> None:
     name = "qkv" if fused else "k_proj"
     setattr(block.attn, name, Wrapped(64, 192 if fused else 64))
     assert vit.block_reason(block) is None
-    assert "Wrapped stands where a plain torch.nn.Linear is read" in str(vit.prompt_reason(block))
+    assert "Wrapped is not a plain torch.nn.Linear" in str(vit.prompt_reason(block))
     with pytest.raises(TypeError, match="not plain Linear layers; check `prompt_reason` first"):
         vit.ATTENTION[EvaAttention].queries(block.attn, torch.randn(1, 1, 64))

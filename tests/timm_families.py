@@ -1,4 +1,4 @@
-"""Small members of the timm families that are served, with random weights: one table for all tests that need a model.
+"""Small members of the supported timm families, with random weights: one table for all tests that need a model.
 
 Sizes are tiny (32-pixel images, 16 patches), but every switch that changes an attention's arithmetic is on somewhere.
 """
@@ -28,7 +28,7 @@ IMAGE = (3, 32, 32)
 
 
 def accepts(cls: type, *names: str) -> bool:
-    """Whether this timm's `cls` takes the arguments `names`."""
+    """Return whether `cls` of the installed timm takes the arguments `names`."""
     return set(names) <= set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
 
 
@@ -38,7 +38,7 @@ class Family:
 
     Attributes:
         build: makes the model, as timm initialises it; takes further arguments of its class.
-        prompts: whether `get_prompt_model` serves it too.
+        prompts: whether `get_prompt_model` supports it too.
         present: whether the installed timm has it.
     """
 
@@ -164,8 +164,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-TOLERANCE = 1e-10  # of the largest number, in float64
-
 # The families of this timm, and those that take prompts.
 PRESENT = [name for name, family in FAMILIES.items() if family.present]
 PROMPTABLE = [name for name in PRESENT if FAMILIES[name].prompts]
@@ -187,8 +185,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def small(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any) -> Any:
-    """The member `name` of `FAMILIES`: random weights, eval mode; `kwargs` go to its class (``depth=1``)."""
-    model = randomise(FAMILIES[name].build(**kwargs), seed).to(dtype).eval()
+    """Return the member `name` of `FAMILIES`, as `prepare` makes it; `kwargs` go to its class (``depth=1``)."""
+    return prepare(FAMILIES[name].build(**kwargs), dtype, seed)
+
+
+def prepare(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """Give `model` random weights of `dtype` and put it into eval mode."""
+    model = randomise(model, seed).to(dtype).eval()
     for module in model.modules():
         if isinstance(module, RotaryEmbeddingMixed) and module.t_x is not None and module.t_y is not None:
             # timm 1.0.26 makes the frequencies float32, and multiplies them with these grids.
@@ -211,13 +214,6 @@ def by_hand(model: nn.Module) -> nn.Module:
     return model
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"relative error {error:.1e}"
-
-
 def gradients(model: nn.Module, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Output, and gradients of its product with a fixed tensor, of the input and of every parameter."""
     x = images().requires_grad_()
@@ -226,11 +222,3 @@ def gradients(model: nn.Module, run: Callable[[Tensor], Tensor]) -> dict[str, Te
     out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
     found = {name: p.grad for name, p in model.named_parameters()}
     return {"output": out.detach(), "input": x.grad, **{k: g for k, g in found.items() if g is not None}}  # type: ignore[dict-item]
-
-
-def same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert len(actual) > 10
-    for name, gradient in expected.items():
-        error = (actual[name] - gradient).abs().max()
-        assert error <= TOLERANCE * max(1.0, gradient.abs().max().item()), f"{name}: {error:.1e}"

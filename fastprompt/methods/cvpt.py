@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ def _prepare(
     attn = blocks.attention_of(block)
     weights = vit.attention_adapter(attn).plain_weights(attn)
     H, D = attn.num_heads, weights.q_weight.shape[1]
-    if fold and choose_form(tokens, prompts, D, H, weights.q_weight.shape[0] // H) == "folded":
+    training = torch.is_grad_enabled() and prompts.requires_grad
+    head_dim = weights.q_weight.shape[0] // H
+    if fold and choose_form(tokens, prompts, D, H, head_dim, training=training) == "folded":
         return fold_prompts(prompts, weights, H, attn.scale)
     return project_prompts(prompts, weights, H)
 

@@ -186,7 +186,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs` says which of dx, d(key), d(bias), d(value), d(out_bias) somebody reads; the others are empty. Of the tensors,
+# `needs`: whether dx, d(key), d(bias), d(value), d(out_bias) are read; the others are empty. Of the tensors,
 # those that these do not ask for are None. The norm's own gradient comes first, by `gated_blend_backward`.
 _BACKWARD = define_operator(
     "folded_cross_attention_backward(Tensor grad, Tensor? x, Tensor? key, Tensor? value, Tensor? weights, "

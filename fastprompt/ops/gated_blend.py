@@ -148,7 +148,7 @@ _OPERATOR = define_operator(
 )
 # One of the two gradients may be None. `y`, `mean`, `rstd` and `weight` are for `grad_normed`, `difference` [B, length,
 # D] = x + delta - prompt_in on the prompt rows is for d(gate). Without a gate this is the gradient of the norm alone.
-# `needs` says which of d(x) = d(delta), d(prompt_in) and d(gate) somebody reads; the others are empty.
+# `needs`: whether d(x) = d(delta), d(prompt_in) and d(gate) are read; the others are empty.
 _BACKWARD = define_operator(
     "gated_blend_backward(Tensor? grad_y, Tensor? grad_normed, Tensor? y, Tensor? mean, Tensor? rstd, Tensor? weight, "
     "Tensor? gate, Tensor? difference, SymInt start, SymInt length, bool[] needs, str backend) "

@@ -116,7 +116,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs` says which of d(qkv), d(prompt_k), d(prompt_v), d(temperature) somebody reads; the others are empty.
+# `needs`: whether d(qkv), d(prompt_k), d(prompt_v), d(temperature) are read; the others are empty.
 _BACKWARD = define_operator(
     "packed_prompt_attention_backward(Tensor grad, Tensor qkv, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "

@@ -222,7 +222,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs` says which of dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) somebody reads; the others are empty.
+# `needs`: whether dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) are read; the others are empty.
 _BACKWARD = define_operator(
     "prompt_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
@@ -311,7 +311,7 @@ def _backward_eager(
 ) -> _Gradients:
     inputs = (q, k, v, prompt_k, prompt_v, temperature)
     gradients = gradients_eager(grad, *inputs, prompt_index, out, lse, scale, needs)
-    # An operator's outputs may not share memory: each gradient that nobody needs is a tensor of its own.
+    # An operator's outputs may not share memory: each gradient that is not needed is a tensor of its own.
     return tuple(  # type: ignore[return-value]
         q.new_empty(0) if x is None or g is None else g.to(x.dtype).contiguous()
         for g, x in zip(gradients, inputs, strict=True)

@@ -85,7 +85,8 @@ def prompt_cross_attention(
         out = x[..., :0].sum(-1, keepdim=True).expand(*x.shape[:2], weights.proj_weight.shape[0])
         return out.clone() if weights.proj_bias is None else out + weights.proj_bias
     if form == "auto":
-        form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d)
+        training = torch.is_grad_enabled() and (x.requires_grad or prompts.requires_grad)
+        form = choose_form(x.shape[0] * x.shape[1], prompts, x.shape[2], H, d, training=training)
     if form == "folded":
         return folded_cross_attention(x, fold_prompts(prompts, weights, H, scale), backend=backend)[0]
     return direct_cross_attention(
@@ -93,19 +94,26 @@ def prompt_cross_attention(
     )
 
 
-def choose_form(tokens: int | None, prompts: Tensor, D: int, H: int, d: int) -> Literal["folded", "direct"]:
+def choose_form(
+    tokens: int | None, prompts: Tensor, D: int, H: int, d: int, *, training: bool = False
+) -> Literal["folded", "direct"]:
     """Return the form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
 
-    Per token, 4·D·H·P operations folded and 4·D·H·d + 4·P·H·d direct; once per batch, 8·P·D·H·d and 4·P·D·H·d. With
-    `tokens` None the latter are not counted. Prompts that differ by image cannot be folded.
+    Prompts that differ by image cannot be folded. With `tokens` None, what is computed once per batch is not counted.
+    With `training` the backward is counted too: gradients of x and of the prompts, with frozen weights.
     """
     if prompts.ndim == 3:
         return "direct"
     P, A = prompts.shape[0], H * d
-    if tokens is None:
-        return "folded" if D * H * P < D * A + P * A else "direct"
-    folded = tokens * 4 * D * H * P + 8 * P * D * A
-    direct = tokens * (4 * D * A + 4 * P * A) + 4 * P * D * A
+    # Products of two operations each. Folded: scores and output; d(weights), d(x), d(key) and d(value). Direct: the two
+    # projections and their gradients; scores and output, and five products in the backward of attention.
+    folded, direct = 2 * D * H * P, 2 * D * A + 2 * P * A
+    folded_once, direct_once = 4 * P * D * A, 2 * P * D * A
+    if training:
+        folded, direct = 6 * D * H * P, 4 * D * A + 7 * P * A
+        folded_once, direct_once = 2 * folded_once, 2 * direct_once
+    if tokens is not None:
+        folded, direct = tokens * folded + folded_once, tokens * direct + direct_once
     return "folded" if folded < direct else "direct"
 
 

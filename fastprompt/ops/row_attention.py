@@ -188,7 +188,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs` says which of d(query), d(rows), d(prompt_rows) somebody reads; the others are empty.
+# `needs`: whether d(query), d(rows), d(prompt_rows) are read; the others are empty.
 _BACKWARD = define_operator(
     "folded_row_attention_backward(Tensor grad, Tensor query, Tensor rows, Tensor? prompt_rows, Tensor context, "
     "Tensor lse, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
@@ -267,8 +267,8 @@ def _backward_eager(
         products = torch.cat([products, torch.matmul(both, prompt_rows.mT)], dim=-1)
     scores, d_weights = products.to(lse.dtype).chunk(2, dim=1)
     if _needs_image_rows(needs):
-        # A softmax of these scores, not exp(scores - lse): they differ from the forward's by a rounding. Only
-        # weights that sum to 1 give the score of a row that outweighs all others a gradient of 0.
+        # A softmax of these scores, not exp(scores - lse): large scores differ from the forward's by their rounding.
+        # Weights that sum to 1 give the score of a row that outweighs all others a gradient of 0.
         weights = scores.softmax(-1)
         delta = (weights * d_weights).sum(-1, keepdim=True)
     else:

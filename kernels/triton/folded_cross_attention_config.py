@@ -27,7 +27,7 @@ class Columns:
 
 
 class Key(NamedTuple):
-    """What an entry of the table is for: up to `columns` columns, matrices of elements of `itemsize` bytes."""
+    """An entry of the table: up to `columns` columns, matrices of elements of `itemsize` bytes."""
 
     architecture: int
     kernel: Kernel

@@ -10,7 +10,7 @@ Kernel = Literal["fwd", "bwd"]
 
 
 class Key(NamedTuple):
-    """What an entry of the table is for: rows of up to `width` elements, with or without the `norm`."""
+    """An entry of the table: rows of up to `width` elements, with or without the `norm`."""
 
     architecture: int
     kernel: Kernel

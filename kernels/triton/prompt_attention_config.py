@@ -14,7 +14,7 @@ ONE = 16  # the most queries that count as a few rows, such as one class token
 
 
 class Key(NamedTuple):
-    """What an entry of the table is for: heads of up to `head_dim`, a `length`, elements of `itemsize` bytes."""
+    """An entry of the table: heads of up to `head_dim`, a `length`, elements of `itemsize` bytes."""
 
     architecture: int
     kernel: Kernel

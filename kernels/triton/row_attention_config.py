@@ -14,7 +14,7 @@ SIZES = (4096, 8192, 12288, 16384, 24576)
 
 
 class Key(NamedTuple):
-    """What an entry of the table is for: up to `size` accumulated numbers, elements of `itemsize` bytes."""
+    """An entry of the table: up to `size` accumulated numbers, elements of `itemsize` bytes."""
 
     architecture: int
     kernel: Kernel

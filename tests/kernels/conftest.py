@@ -5,5 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# How the tests of the operations draw inputs and judge numbers serves here too.
+# Use the helpers of the operations' tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))

@@ -53,7 +53,7 @@ def test_every_configuration_compiles_without_faults(arch: int, operation: str, 
 
 
 def holds(row: dict[str, Any], key: attention.Key) -> bool:
-    """Whether `row` is a kernel of the table's entry `key`."""
+    """Return whether `row` is a kernel of the table's entry `key`."""
     _, kernel, width, _, itemsize = key
     config, constants = attention.TABLE[key], row["constants"]
     tiles = (constants.get("BLOCK_M"), constants.get("BLOCK_N", 0), row["num_warps"], row["num_stages"])

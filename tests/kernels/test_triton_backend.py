@@ -133,7 +133,7 @@ def test_the_interpreter_is_taken_by_name_alone_and_refuses_bfloat16() -> None:
         assert dispatch.select("prompt_attention", "auto", *arguments)[0] == "eager"
 
 
-def test_float64_goes_to_eager_when_nobody_names_a_backend() -> None:
+def test_eager_runs_float64_unless_a_backend_is_named() -> None:
     inputs = draw(Shape(), torch.float64, DEVICE)
     with dispatch.use_backend("auto"):
         got = prompt_attention(**inputs)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def check(model: Any, case: golden_files.Case) -> None:
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form in ("folded", "direct"):
-        monkeypatch.setattr(cvpt, "choose_form", lambda *args: form)
+        monkeypatch.setattr(cvpt, "choose_form", lambda *args, **kwargs: form)
 
 
 def test_all_five_cases_are_there() -> None:

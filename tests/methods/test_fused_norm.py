@@ -30,7 +30,7 @@ by_method = pytest.mark.parametrize("method", FUSED)
 @pytest.fixture(autouse=True)
 def folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models would take CVPT's direct form."""
-    monkeypatch.setattr(cvpt, "choose_form", lambda *args: "folded")
+    monkeypatch.setattr(cvpt, "choose_form", lambda *args, **kwargs: "folded")
 
 
 @pytest.fixture

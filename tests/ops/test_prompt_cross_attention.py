@@ -150,25 +150,33 @@ def test_attention_to_no_prompts_is_the_bias_of_the_projection(
 # Which form ---------------------------------------------------------------------------------------------------------
 
 
-def counted(shape: Shape, form: str) -> int:
+PROMPT_COUNTS = (1, 5, 6, 7, 8, 9, 10, 11, 12, 20)
+
+
+def counted(shape: Shape, form: str, training: bool) -> int:
     inputs = draw(shape, torch.float32)
+    for name in ("x", "prompts") if training else ():
+        inputs[name] = inputs[name].detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        call(prompt_cross_attention, shape.H, form=form)(**inputs)
+        out = call(prompt_cross_attention, shape.H, form=form)(**inputs)
+        if training:
+            out.sum().backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("P", [1, 5, 8, 9, 10, 11, 12, 20], ids=lambda P: f"P={P}")
-def test_auto_takes_the_form_with_fewer_counted_operations(P: int) -> None:
-    shape = Shape(B=4, N=50, P=P, H=6, D=48, A=48)  # folded while H·P < D + P, P < 9.6, and a little less
-    inputs = draw(shape, torch.float32)
-    best = min(("folded", "direct"), key=lambda form: counted(shape, form))
-    assert inputs["prompts"] is not None
-    assert choose_form(4 * 50, inputs["prompts"], 48, 6, 8) == best
-    assert counted(shape, "auto") == counted(shape, best)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("P", PROMPT_COUNTS, ids=lambda P: f"P={P}")
+def test_auto_takes_the_form_with_fewer_counted_operations(P: int, training: bool) -> None:
+    # Folded while H·P < D + P, P < 9.6, in training H·P < 2/3·D + 7/6·P, P < 6.6; and a little less.
+    shape = Shape(B=4, N=50, P=P, H=6, D=48, A=48)
+    best = min(("folded", "direct"), key=lambda form: counted(shape, form, training))
+    assert choose_form(4 * 50, torch.empty(P, 48), 48, 6, 8, training=training) == best
+    assert counted(shape, "auto", training) == counted(shape, best, training)
 
 
-def test_both_forms_are_chosen_by_the_cases_above() -> None:
-    chosen = {choose_form(200, torch.empty(P, 48), 48, 6, 8) for P in (1, 5, 8, 9, 10, 11, 12, 20)}
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_both_forms_are_chosen_by_the_cases_above(training: bool) -> None:
+    chosen = {choose_form(200, torch.empty(P, 48), 48, 6, 8, training=training) for P in PROMPT_COUNTS}
     assert chosen == {"folded", "direct"}
 
 

@@ -30,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
     by = "interleaved minima of wall time" if first["clock"] == "wall" else "medians of interleaved rounds"
     lines = [
         f"{first['device']}{threads}, torch {versions['torch']}, timm {versions['timm']}, "
-        f"{first['dtype']}; {by}, {_commits(rows)}.",
+        f"{first['dtype']}; {by}, {_commits(rows)}."
     ]
     for suite, title in METHODS.items():
         found = [pair for pair in pairs(rows, suite) if pair[0]["provider"] == "fastprompt"]

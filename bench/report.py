@@ -74,17 +74,17 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def pairs(rows: Sequence[Row], suite: str) -> list[tuple[Row, Row]]:
-    """Return each row of ours in `suite`, with the row of the baseline that its ratio compares with."""
+def pairs(rows: Sequence[Row], suite: str | None = None) -> list[tuple[Row, Row]]:
+    """Return each row of ours (in `suite`), with the row of the baseline that its ratio compares with."""
 
     def comparison(row: Row) -> tuple[Any, ...]:
-        return row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
+        return row.get("part"), row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
 
     baselines = {comparison(row): row for row in rows if row["provider"] == row["baseline"]}
     return [
         (row, baselines[comparison(row)])
         for row in rows
-        if row["suite"] == suite and row["provider"].startswith(OURS) and row["baseline"] != row["provider"]
+        if suite in (None, row["suite"]) and row["provider"].startswith(OURS) and comparison(row) in baselines
     ]
 
 

@@ -61,7 +61,9 @@ def architecture() -> int:
 def checks(calls: Sequence[Call]) -> Checks:
     """Return the exact results of each call, and the function to check against them."""
     if missing := [case.suite for case, _ in calls if NAME not in case.ours]:
-        raise NotImplementedError(f"`tune`: {missing[0]} has no Triton kernel here; see fastprompt.backends()")
+        raise NotImplementedError(
+            f"`tune`: {missing[0]} has no Triton kernel here; see fastprompt.backends()"
+        )
     return [(case.oracle(mode), case.ours[NAME]) for case, mode in calls]
 
 
@@ -156,7 +158,9 @@ def rewrite(path: Path, table: Table) -> None:
     draft.write_text(text.replace(_value_of_table(path, text), f"{{\n{entries}}}", 1), encoding="utf-8")
     try:
         if entries_in(draft) != {str(key): str(config) for key, config in table.items()}:
-            raise ValueError(f"`rewrite`: {path} would hold another table than the one given; it is as it was")
+            raise ValueError(
+                f"`rewrite`: {path} would hold another table than the one given; it is as it was"
+            )
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

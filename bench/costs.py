@@ -10,8 +10,8 @@ backend, and PyTorch's SDPA as its fused operator, whose backward recomputes the
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,9 +169,7 @@ ADVICE = "If this is meant, rewrite the table with `python -m bench.costs` and s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the table instead of rewriting it")
     if not parser.parse_args().check:
         write()

@@ -13,13 +13,13 @@ Exit code: 0 everything that was checked passed, 1 something failed, 2 there is 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -212,16 +212,12 @@ def why_no_gpu() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole run ends within so many")
     parser.add_argument("--parts", help="only these, separated by commas")
     parser.add_argument("--shards", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
-    parser.add_argument(
-        "--dry-run-cpu", action="store_true", help="tiny shapes on a CPU: checks this program"
-    )
+    parser.add_argument("--dry-run-cpu", action="store_true", help="tiny shapes: checks this program")
     given: Any = parser.parse_args(arguments)
     if not given.dry_run_cpu:
         reason = why_no_gpu()

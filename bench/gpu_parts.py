@@ -6,10 +6,10 @@ Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -213,9 +213,7 @@ def run(name: str, settings: Settings, path: Path, label: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="what the records call the part; default its own name")

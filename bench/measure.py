@@ -140,7 +140,7 @@ def interleaved(
 def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str, dict[str, Any]]:
     runs: dict[str, tuple[Step, str, int]] = {}
     for name, several in sets.items():
-        run, clock = _captured(several) if graphs else _plain(several)
+        run, clock = _prepared(several, graphs)
         once = _events(run, 1)
         once = min(once, _events(run, 1))  # the first replay uploads the graph
         stretch = REPLAYS_MS if clock == "graph" else CALLS_MS
@@ -153,32 +153,33 @@ def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str,
     return {name: {**quantiles(times[name]), "clock": runs[name][1]} for name in sets}
 
 
-def _captured(steps: list[Step]) -> tuple[Step, str]:
-    """Capture all `steps` and return a replay and "graph", or plain calls and "events" if they cannot be captured."""
+def capture(run: Step) -> torch.cuda.CUDAGraph:
+    """Run `run` three times on a stream of its own, then capture it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            for step in steps:
-                step()
+            run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for step in steps:
-                step()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return _plain(steps)
-    return graph.replay, "graph"
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
-def _plain(steps: list[Step]) -> tuple[Step, str]:
+def _prepared(steps: list[Step], graphs: bool) -> tuple[Step, str]:
+    """Return what runs all `steps`: a replay and "graph", or plain calls and "events" if they cannot be captured."""
+
     def run() -> None:
         for step in steps:
             step()
 
+    if graphs:
+        try:
+            return capture(run).replay, "graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
     for _ in range(3):
         run()
     return run, "events"

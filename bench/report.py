@@ -6,8 +6,8 @@ python -m bench.report --write           puts those of whole models on a CPU int
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Row = dict[str, Any]
 OURS = ("fastprompt", "replace_attention")
 METHODS = {"vpt-deep": "VPT-Deep", "gate-vpt": "GateVPT", "cvpt": "CVPT"}
+MODELS = {*METHODS, "replace-attention"}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the rows of whole models as Markdown."""
-    rows = [row for row in result["rows"] if row["suite"] in METHODS or row["suite"] == "replace-attention"]
+    rows = [row for row in result["rows"] if row["suite"] in MODELS]
     first = rows[0]
     versions = first["versions"]
     threads = f", {versions['threads']} threads" if "threads" in versions else ""
@@ -55,11 +56,9 @@ def table(result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Return :func:`table`, and the single operations: ours beside the fastest of the others."""
-    parts = []
-    if any(row["suite"] in METHODS or row["suite"] == "replace-attention" for row in result["rows"]):
-        parts.append(table(result))
     suites = dict.fromkeys(row["suite"] for row in result["rows"])
-    for suite in [s for s in suites if s not in METHODS and s != "replace-attention"]:
+    parts = [table(result)] if suites.keys() & MODELS else []
+    for suite in [s for s in suites if s not in MODELS]:
         lines = [
             f"| `{suite}` | call | ours | time, ms | fastest other | time, ms | time ratio |",
             "|---|---|---|---|---|---|---|",
@@ -127,9 +126,7 @@ def written(readme: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     parser.add_argument("--device", default="cpu", help="a folder of bench/results")
     arguments = parser.parse_args()

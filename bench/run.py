@@ -9,9 +9,9 @@ A comparison whose check fails is an error: `results.json` stays as it is, and w
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,15 @@ def suite_of(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = RESULTS.parent.parent / measure.folder_name(device)
     parser.add_argument("--out", type=Path, default=default, help="folder for rows")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
-        "--suite", nargs="+", choices=SUITES, default=SUITES, help="measure these anew, keep the others' rows"
+        "--suite", nargs="+", choices=SUITES, default=SUITES, help="keep the rows of the others"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and two rounds: checks the code, not speed"
-    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model: checks the code, not speed")
     arguments = parser.parse_args()
     if arguments.quick:
         device = "cpu"

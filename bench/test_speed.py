@@ -1,8 +1,8 @@
-"""Operations and models under pytest-benchmark, on a GPU if there is one: `pytest bench/test_speed.py --benchmark-only`.
+"""Operations and models, for a look: `pytest bench/test_speed.py --benchmark-only`, on a GPU if there is one.
 
-Every test checks its competitor against float64 first. pytest-benchmark times one competitor after the other, which is
-good for a look; what is published comes from interleaved rounds (`bench.run`, `bench.gpu_check`). On a CPU models are
-tiny and compiled without code generation: a check, not a measurement.
+Every test checks its competitor against float64 first. pytest-benchmark times one competitor after the other; what is
+published comes from interleaved rounds (`bench.run`, `bench.gpu_check`). On a CPU models are tiny and compiled without
+code generation: a check, not a measurement.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ GPU there is nothing to search: exit code 2.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import importlib
@@ -24,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -220,12 +220,8 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="one of --list"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="see --list")
     parser.add_argument("--list", action="store_true", help="print the operations that can be tuned")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", default="", help="keys that hold this text, such as 'bwd'")

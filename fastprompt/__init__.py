@@ -59,11 +59,12 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"fastprompt.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
-    try:
-        return import_module(f"fastprompt.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"fastprompt.{name}":  # the submodule exists and lacks a dependency
-            raise
+    if not name.startswith("_"):
+        try:
+            return import_module(f"fastprompt.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"fastprompt.{name}":  # the submodule exists and lacks a dependency
+                raise
     raise AttributeError(
         f"module 'fastprompt' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
     )

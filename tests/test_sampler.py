@@ -62,10 +62,10 @@ def test_a_data_loader_takes_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 5}, "multiple of `images_per_class`=2; got 5"),
-        ({"batch_size": 12}, "need 6 classes and there are 5"),
-        ({"batch_size": 6, "world": 2}, "need 6 classes and there are 5"),
-        ({"batch_size": 4, "rank": 2, "world": 2}, r"`rank` must lie in 0\.\.1; got 2"),
+        ({"batch_size": 5}, "positive multiple of `images_per_class`=2; got 5"),
+        ({"batch_size": 12}, "need 6 classes; `labels` has 5"),
+        ({"batch_size": 6, "world": 2}, "need 6 classes; `labels` has 5"),
+        ({"batch_size": 4, "rank": 2, "world": 2}, "`rank` must be 0 to 1; got 2"),
         ({"batch_size": 4, "labels": []}, "B >= 1"),
     ],
 )

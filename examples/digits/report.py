@@ -43,7 +43,8 @@ def summary(results: Results) -> list[str]:
         f"Accuracy: on {len(prepared.test)} held-out images of {_span(protocol.new_classes)} after tuning on "
         f"{protocol.labelled}; mean ± standard deviation over {protocol.seeds} draws of these.",
         f"Step: fastest of {protocol.timing_rounds} training steps on {protocol.timing_batch} images (on a CPU: "
-        "processor time); papers' form / fastprompt: how many times longer the same step takes as one writes it on timm.",
+        "processor time); papers' form / fastprompt: how many times longer the same step takes as one writes it on "
+        "timm.",
         f"{results.environment['device']}; torch {results.environment['torch']}, timm "
         f"{results.environment['timm']}; {results.seconds['total']:.0f} s in all, "
         f"{results.seconds['processor']:.0f} s of processor time.",

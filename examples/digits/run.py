@@ -17,7 +17,8 @@ from examples.digits.data import digits, training_batches
 from examples.digits.probe import features, probe
 from examples.digits.protocol import LINEAR_PROBE, Method, Protocol
 from examples.digits.timing import Comparison, compare, step_times
-from fastprompt import DAVPTConfig, PromptModel
+from fastprompt import PromptModel
+from fastprompt.methods import DAVPTModel
 from fastprompt.training import (
     Batches,
     History,
@@ -155,7 +156,7 @@ def tune(
     progress: Callable[[TrainingStep], None] | None = None,
 ) -> History:
     """Tune `model` on `train` according to the protocol."""
-    if isinstance(method.config, DAVPTConfig):
+    if isinstance(model, DAVPTModel):
         model.fit_class_map(Batches(train, protocol.batch_size, seed=seed))
     return fit(
         model,

@@ -169,7 +169,10 @@ def adamw(
 
 
 def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """Return the learning-rate factor of update i: it rises linearly over `warmup * steps`, then falls to 0 as a cosine."""
+    """Return the function from update i to its learning-rate factor.
+
+    The factor rises linearly to 1 over the first `warmup * steps` updates, then falls to 0 as a cosine.
+    """
     rising = round(warmup * steps)
 
     def factor(i: int) -> float:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+CALLER = "`ClassBalancedBatchSampler`"
+
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
     """Yield batches of indices with `batch_size // images_per_class` classes, for `DataLoader(batch_sampler=...)`.
@@ -42,24 +44,20 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.world = world if world is not None else (dist.get_world_size() if running else 1)
         self.rank = rank if rank is not None else (dist.get_rank() if running else 0)
         if labels.ndim != 1 or not len(labels):
-            raise ValueError(
-                f"`ClassBalancedBatchSampler`: `labels` must be [B] with B >= 1; got shape {tuple(labels.shape)}."
-            )
+            raise ValueError(f"{CALLER}: `labels` must be [B] with B >= 1; got shape {tuple(labels.shape)}.")
         if images_per_class < 1 or batch_size < 1 or batch_size % images_per_class:
             raise ValueError(
-                f"`ClassBalancedBatchSampler`: `batch_size` must be a positive multiple of `images_per_class`={images_per_class}; "
+                f"{CALLER}: `batch_size` must be a positive multiple of `images_per_class`={images_per_class}; "
                 f"got {batch_size}."
             )
         if not 0 <= self.rank < self.world:
-            raise ValueError(
-                f"`ClassBalancedBatchSampler`: `rank` must be 0 to {self.world - 1}; got {self.rank}."
-            )
+            raise ValueError(f"{CALLER}: `rank` must be 0 to {self.world - 1}; got {self.rank}.")
         self.members = [(labels == c).nonzero().flatten() for c in labels.unique()]
         self.classes = batch_size // images_per_class
         if self.classes * self.world > len(self.members):
             raise ValueError(
-                f"`ClassBalancedBatchSampler`: {self.world} batches of {self.classes} classes need {self.classes * self.world} classes, "
-                f"`labels` has {len(self.members)}; lower `batch_size` or raise `images_per_class`."
+                f"{CALLER}: {self.world} batches of {self.classes} classes need {self.classes * self.world} "
+                f"classes; `labels` has {len(self.members)}; lower `batch_size` or raise `images_per_class`."
             )
         self.images_per_class, self.seed, self.epoch = images_per_class, seed, 0
         self.batches = math.ceil(len(labels) / (batch_size * self.world))

@@ -1,7 +1,11 @@
-"""The demo: agreement with the papers' form, its parts, and a smoke run through the command line."""
+"""examples/digits: its data, its probe, the comparison with the papers' form, and the whole run."""
+
+from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,197 +13,94 @@ from typing import Any
 
 import pytest
 import torch
-from fastprompt.demo.backbone import UprightDigits, build, turn
-from fastprompt.demo.batches import batches_for
-from fastprompt.demo.measure import compare, fastest_steps, step_time
-from fastprompt.demo.probe import fit_probe
-from fastprompt.demo.protocol import LINEAR_PROBE, METHODS, Protocol
-from fastprompt.demo.report import QUICK_NOTE
-from fastprompt.demo.run import prepare, prompted, run, tune
-from fastprompt.demo.twins import VPTTwin, twin
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-import fastprompt
-from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig, cli
-from fastprompt.training import digits, split_per_class
+from bench.correctness import WrongResult, assert_same
+from bench.papers import PaperVPT
+from examples.digits import __main__ as program
+from examples.digits.backbone import UprightDigits, build, rotate
+from examples.digits.data import BACKGROUND, augment, digits, training_batches
+from examples.digits.probe import fit_probe
+from examples.digits.protocol import LINEAR_PROBE, METHODS, QUICK_NOTE, Protocol
+from examples.digits.run import prepare, prompted, run, tune
+from examples.digits.timing import compare, step_times
+from fastprompt import VPTConfig
+from fastprompt.training import split_per_class
 
-
-def small_vit(**kwargs: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 4, "num_heads": 3}
-    return VisionTransformer(**{**sizes, "num_classes": 5, **kwargs})
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Protocol.quick()
 
 
-TWINS: dict[str, tuple[PromptConfig, dict[str, Any]]] = {
-    "vpt-deep": (VPTConfig(5), {}),
-    "vpt-partial": (VPTConfig(5, blocks=2), {}),
-    "vpt-shallow": (VPTConfig(5, deep=False), {}),
-    "vpt-registers": (VPTConfig(1), {"reg_tokens": 2}),
-    "vpt-mean": (VPTConfig(5), {"global_pool": "avg", "class_token": False}),
-    "vpt-dropout": (VPTConfig(5, dropout=0.4), {}),
-    "gate-vpt": (GateVPTConfig(5, gate_init=0.5, dropout=0.0), {}),
-    "gate-vpt-dropout": (GateVPTConfig(5, num_gates=2, dropout=0.4), {}),
-    "cvpt": (CVPTConfig(5), {}),
-    "cvpt-dropout": (CVPTConfig(5, dropout=0.4), {}),
-    "da-vpt": (DAVPTConfig(5, 3, (1, 2), alpha=2.0), {}),
-    "da-vpt-nca-dropout": (DAVPTConfig(5, 3, (3, 3), criterion="proxy_nca", dropout=0.4), {}),
-}
+def quiet(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
-def logits_loss_and_gradients(model: Any, images: Tensor, labels: Tensor) -> tuple[Any, ...]:
-    torch.manual_seed(7)
-    logits, loss = model(images, labels) if isinstance(model, VPTTwin) else model(images, labels=labels)
-    loss = logits.new_zeros(()) if loss is None else loss
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cotangent = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
-    found = torch.autograd.grad((logits * cotangent).sum() + loss, list(trained.values()))
-    return logits, loss, dict(zip(trained, found, strict=True))
+# Data ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", TWINS)
-def test_the_papers_form_and_fastprompt_are_one_function(case: str) -> None:
-    config, vit = TWINS[case]
-    model: Any = fastprompt.get_prompt_model(small_vit(**vit).double(), config).train()
-    with torch.no_grad():
-        for p in model.prompts:
-            p.normal_()
-        if isinstance(config, GateVPTConfig):
-            model.temperature.copy_(
-                torch.tensor([0.005, 0.5, 2, 20])
-            )  # the clamp moves the first and the last
-        if isinstance(config, DAVPTConfig):
-            model.class_to_prompt.copy_(torch.tensor([2, 0, 1, 1, 0]))
-    other = twin(model).train()
-    images, labels = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 0, 4])
-    mine = logits_loss_and_gradients(model, images, labels)
-    theirs = logits_loss_and_gradients(other, images, labels)
-    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-    assert isinstance(config, DAVPTConfig) == bool(theirs[1] > 0)
+def test_all_digits_are_there_and_normalised() -> None:
+    data = digits(range(10))
+    assert data.images.shape == (1797, 1, 8, 8)
+    assert data.images.dtype == torch.float32
+    # The constants have four digits.
+    assert abs(data.images.mean()) < 1e-3
+    assert abs(data.images.std() - 1) < 1e-3
 
 
-def test_the_twin_shares_no_weight_with_the_model() -> None:
-    for config, _ in TWINS.values():
-        model = fastprompt.get_prompt_model(small_vit(), config)
-        pointers = {p.data_ptr() for p in model.parameters()}
-        assert pointers.isdisjoint(p.data_ptr() for p in twin(model).parameters())
+def test_two_class_lists_share_no_image_and_leave_none_out() -> None:
+    everything, seen, new = digits(range(10)), digits(range(5)), digits(range(5, 10))
+    assert torch.equal(seen.images, everything.images[everything.labels < 5])
+    assert torch.equal(new.images, everything.images[everything.labels >= 5])
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (VPTConfig(2, project=3), "vpt needs project=None; got 3"),
-        (VPTConfig(2, pool="all"), "vpt needs pool='backbone'; got 'all'"),
-        (GateVPTConfig(2, temperature=0.5), "gate_vpt needs temperature=True; got 0.5"),
-        (CVPTConfig(2, insert=4), "cvpt needs insert=3; got 4"),
-        (DAVPTConfig(2, 2, (0, 0), tune="prompts+biases"), "da_vpt needs tune='prompts'"),
-    ],
-    ids=lambda value: value.method if isinstance(value, PromptConfig) else "",
-)
-def test_the_twin_refuses_what_it_does_not_compute(config: PromptConfig, message: str) -> None:
-    model = fastprompt.get_prompt_model(small_vit(), config)
-    with pytest.raises(NotImplementedError, match=message):
-        twin(model)
+def test_labels_count_in_the_order_of_the_classes() -> None:
+    everything, data = digits(range(10)), digits((7, 2))
+    assert data.classes == (7, 2)
+    assert torch.equal(data.images[data.labels == 0], everything.images[everything.labels == 7])
+    assert torch.equal(data.images[data.labels == 1], everything.images[everything.labels == 2])
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_demos_methods_have_a_twin(name: str) -> None:
-    backbone = build(Protocol().backbone, 5)
-    found = compare(
-        prompted(backbone, METHODS[name], 5, seed=0), torch.randn(5, 1, 8, 8), torch.arange(5), rounds=1
-    )
-    assert found.logit_difference < 1e-4
-    assert found.gradient_difference < 1e-4
+def test_augment_without_bounds_changes_nothing() -> None:
+    images = digits((0,)).images[:4].double()
+    still = augment(images, torch.Generator().manual_seed(0), degrees=0, stretch=0, shift=0, shear=0)
+    assert_same(still, images)
 
 
-@pytest.mark.parametrize("off", ["logits", "gradients"])
-def test_no_time_is_reported_where_the_two_differ(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = VPTTwin.forward
-
-    def forward(self: VPTTwin, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, loss = plain(self, images, labels)
-        return logits * 1.5 if off == "logits" else logits.detach() + 1.5 * (logits - logits.detach()), loss
-
-    monkeypatch.setattr(VPTTwin, "forward", forward)
-    model = fastprompt.get_prompt_model(small_vit(), VPTConfig(2))
-    with pytest.raises(RuntimeError, match="no time is reported"):
-        compare(model, torch.randn(4, 1, 8, 8), torch.arange(4), rounds=1)
-
-
-def test_compare_measures_both() -> None:
-    model = fastprompt.get_prompt_model(small_vit(), VPTConfig(2))
-    found = compare(model, torch.randn(4, 1, 8, 8), torch.arange(4), rounds=2)
-    assert found.step_ms > 0
-    assert found.ratio == pytest.approx(found.paper_step_ms / found.step_ms)
-    assert found.logit_difference < 1e-5
-
-
-def test_steps_take_turns_after_a_warm_up() -> None:
-    calls: list[str] = []
-    times = fastest_steps([lambda: calls.append("a"), lambda: calls.append("b")], 2)
-    assert calls == ["a", "b", "a", "b", "b", "a"]
-    assert all(0 <= t < 1 for t in times)
-
-
-def test_the_shortest_time_is_the_clocks() -> None:
-    ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 24.0])
-    assert fastest_steps([lambda: None], 3, lambda: next(ticks)) == [3.0]
-
-
-def test_waiting_for_the_processor_is_no_time_of_the_step() -> None:
-    class Waiting(torch.nn.Linear):
-        def forward(self, images: Tensor) -> Tensor:
-            time.sleep(0.2)
-            return super().forward(images.flatten(1))
-
-    assert 0 < step_time(Waiting(64, 5), torch.randn(4, 1, 8, 8), torch.arange(4), rounds=2) < 100
-
-
-def test_turning_turns_only_the_chosen_images() -> None:
-    images = torch.arange(18.0).reshape(2, 1, 3, 3)
-    turned = turn(images, torch.tensor([0, 1]))
-    assert torch.equal(turned[0], images[0])
-    assert torch.equal(turned[1], torch.rot90(images[1], 1, (1, 2)))
-
-
-def test_upright_scores_are_every_second() -> None:
-    model = build(Protocol.quick().backbone, 10).eval()
-    images = torch.randn(2, 1, 8, 8)
-    assert torch.equal(UprightDigits(model)(images), model(images)[:, ::2])
+def test_augment_moves_each_image_on_its_own_and_fills_with_the_background() -> None:
+    images = digits((0,)).images[:1].double().expand(6, -1, -1, -1)
+    moved = augment(images, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved[0], moved[1])
+    blank = torch.full_like(images, BACKGROUND)
+    assert_same(augment(blank, torch.Generator().manual_seed(0), shift=0.5), blank)
 
 
 def test_da_vpt_gets_equally_many_images_of_each_class_in_every_batch() -> None:
     data, _ = split_per_class(digits(range(5, 10)), 50, seed=0)
-    balanced = batches_for(METHODS["DA-VPT"].config, data, 20, seed=0)
-    assert len(balanced) == 3
-    first, second = list(balanced), list(balanced)
-    for images, labels in first + second:
-        assert images.shape == (20, 1, 8, 8)
+    for _, labels in training_batches(METHODS["DA-VPT"].config, data, 20, seed=0):
         assert labels.bincount().tolist() == [4] * 5
-    assert not torch.equal(first[0][0], second[0][0]), "every pass draws anew"
-    again = next(iter(batches_for(METHODS["DA-VPT"].config, data, 20, seed=0)))
-    assert torch.equal(again[0], first[0][0])
-    others = [
-        labels.bincount(minlength=5).tolist() for _, labels in batches_for(VPTConfig(2), data, 20, seed=0)
-    ]
-    assert any(counts != [4] * 5 for counts in others)
+    others = [labels.bincount(minlength=5) for _, labels in training_batches(VPTConfig(2), data, 20, seed=0)]
+    assert any(counts.tolist() != [4] * 5 for counts in others)
 
 
-def test_da_vpt_fits_its_class_map_before_it_is_tuned() -> None:
-    protocol = Protocol.quick()
-    prepared = prepare(protocol)
-    method = protocol.methods["DA-VPT"]
-    train, _ = split_per_class(prepared.pool, protocol.labelled, seed=0)
-    model: Any = prompted(prepared.backbone, method, 5, seed=0)
-    assert model.class_centroids.isnan().all()
-    tune(model, train, method, protocol, seed=0)
-    assert model.class_centroids.isfinite().all()
+def test_only_the_chosen_images_are_rotated() -> None:
+    images = torch.arange(18.0).reshape(2, 1, 3, 3)
+    rotated = rotate(images, torch.tensor([0, 1]))
+    assert torch.equal(rotated[0], images[0])
+    assert torch.equal(rotated[1], torch.rot90(images[1], 1, (1, 2)))
+
+
+def test_upright_scores_are_every_second() -> None:
+    model = build(QUICK.backbone, 10).eval()
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(UprightDigits(model)(images), model(images)[:, ::2])
+
+
+# Linear probe -------------------------------------------------------------------------------------------------------
 
 
 def test_linear_probe_separates_what_a_line_separates() -> None:
-    generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
-    features = 4 * torch.nn.functional.one_hot(labels, 8) + torch.randn(60, 8, generator=generator)
+    features = 4 * nn.functional.one_hot(labels, 8) + torch.randn(60, 8)
     plain = features[:30].unsqueeze(1)
     found = fit_probe(plain, plain.expand(-1, 2, -1), labels[:30], seed=0)
     assert found.weight.shape == (3, 8)
@@ -208,46 +109,90 @@ def test_linear_probe_separates_what_a_line_separates() -> None:
     assert torch.equal(fit_probe(plain, plain.expand(-1, 2, -1), labels[:30], seed=0).weight, found.weight)
 
 
-def test_linear_probe_takes_distorted_copies_only_where_they_help() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(40) % 2
-    plain = (labels.float()[:, None, None] * 2 - 1) + 0.1 * torch.randn(40, 1, 4, generator=generator)
-    misleading = torch.cat([plain, -plain, -plain], 1)
+def test_linear_probe_takes_augmented_copies_only_where_they_help() -> None:
+    labels = torch.arange(60) % 3
+    plain = (nn.functional.one_hot(labels, 4) + 0.1 * torch.randn(60, 4)).unsqueeze(1)
+    misleading = torch.cat([plain, *(plain.roll(1, -1) for _ in range(3))], 1)
     found = fit_probe(plain, misleading, labels, seed=0)
     assert not found.distorted
     assert found.accuracy(plain[:, 0], labels) == 1.0
 
 
+# Comparison and step times ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_agrees_with_its_papers_form(name: str) -> None:
+    model = prompted(build(Protocol().backbone, 5), METHODS[name], 5, seed=0)
+    found = compare(model, torch.randn(5, 1, 8, 8), torch.arange(5), rounds=1)
+    assert found.step_ms > 0
+    assert found.ratio == found.paper_step_ms / found.step_ms
+
+
+@pytest.mark.parametrize("off", ["logits", "gradients"])
+def test_no_time_is_taken_of_a_wrong_result(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PaperVPT.forward
+
+    def forward(self: PaperVPT, images: Tensor, labels: Tensor) -> Any:
+        output: Any = plain(self, images, labels)
+        logits, factor = output.logits, 1.001
+        wrong = logits * factor if off == "logits" else logits.detach() + factor * (logits - logits.detach())
+        return output._replace(logits=wrong)
+
+    monkeypatch.setattr(PaperVPT, "forward", forward)
+    model = prompted(build(QUICK.backbone, 5), QUICK.methods["VPT-Deep"], 5, seed=0)
+    with pytest.raises(WrongResult, match="logits" if off == "logits" else "off by"):
+        compare(model, torch.randn(4, 1, 8, 8), torch.arange(4), rounds=1)
+
+
+def test_a_step_time_excludes_waiting_for_the_processor() -> None:
+    model = prompted(build(QUICK.backbone, 5), QUICK.methods["VPT-Deep"], 5, seed=0)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    (milliseconds,) = step_times([model], torch.randn(2, 1, 8, 8), torch.arange(2), rounds=2)
+    assert 0 < milliseconds < 100
+
+
+# Run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_da_vpt_fits_its_class_map_before_it_is_tuned() -> None:
+    prepared = prepare(QUICK, quiet)
+    method = QUICK.methods["DA-VPT"]
+    train, _ = split_per_class(prepared.pool, QUICK.labelled, seed=0)
+    model: Any = prompted(prepared.backbone, method, 5, seed=0)
+    assert model.class_centroids.isnan().all()
+    tune(model, train, method, QUICK, seed=0)
+    assert model.class_centroids.isfinite().all()
+
+
 def test_pool_and_test_set_hold_each_new_image_once_whatever_the_seed() -> None:
-    protocol = Protocol.quick()
-    first, second = prepare(protocol, seed=0), prepare(protocol, seed=1)
-    assert len(first.pool) == protocol.pool
+    first, second = prepare(QUICK, quiet, seed=0), prepare(QUICK, quiet, seed=1)
+    assert len(first.pool) == QUICK.pool
     assert len(first.pool) + len(first.test) == 896
     assert torch.equal(first.test.images, second.test.images)
     assert not any(p.requires_grad for p in first.backbone.parameters())
 
 
 def test_models_of_one_backbone_share_no_trained_weight() -> None:
-    backbone = small_vit()
+    backbone = build(QUICK.backbone, 5)
     kept = copy.deepcopy(backbone.state_dict())
-    method = METHODS["VPT-Deep"]
-    one, other = (prompted(backbone, method, 3, seed=seed) for seed in (0, 1))
+    one, other = (prompted(backbone, METHODS["CVPT"], 3, seed=seed) for seed in (0, 1))
     assert one.base.head.weight.data_ptr() != other.base.head.weight.data_ptr()
     assert not torch.equal(one.prompts[0], other.prompts[0])
-    assert torch.equal(prompted(backbone, method, 3, seed=0).prompts[0], one.prompts[0])
+    assert torch.equal(prompted(backbone, METHODS["CVPT"], 3, seed=0).prompts[0], one.prompts[0])
     assert all(torch.equal(kept[name], value) for name, value in backbone.state_dict().items())
 
 
 def test_the_whole_run_is_decided_by_its_seeds() -> None:
-    protocol = replace(Protocol.quick(), timing_rounds=1)
+    protocol = replace(QUICK, timing_rounds=1)
     first, second = run(protocol), run(protocol)
     assert [row.accuracies for row in first.rows] == [row.accuracies for row in second.rows]
     assert [row.losses for row in first.rows] == [row.losses for row in second.rows]
 
 
-def test_quick_demo_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_run_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "results"
-    assert cli.main(["demo", "--quick", "--seeds", "2", "--out", str(out)]) == 0
+    assert program.main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert QUICK_NOTE in printed
     assert "VPT-Deep" in printed
@@ -260,7 +205,7 @@ def test_quick_demo_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.
         assert all(0 <= a <= 1 for a in row["accuracies"])
         assert row["step_ms"] > 0
         if row["name"] != LINEAR_PROBE:
-            assert row["comparison"]["logit_difference"] < 1e-4
+            assert row["comparison"]["logit_difference"] >= 0
             assert row["comparison"]["ratio"] > 0
 
     table = (out / "results.md").read_text(encoding="utf-8")
@@ -271,3 +216,42 @@ def test_quick_demo_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.
     picture = (out / "results.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 10_000
+
+
+@pytest.mark.parametrize("option", ["--help", pytest.param("--quick", marks=pytest.mark.slow)])
+def test_runs_as_a_program(option: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.digits", option, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert ("--seeds" if option == "--help" else "results.png") in done.stdout
+
+
+# Wrong usage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", ["0", "-3", "101", "two"])
+def test_wrong_seeds_are_refused(seeds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--seeds", seeds, "--out", str(tmp_path / "out")])
+    assert "--seeds" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_folder_that_is_a_file_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("here already")
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--out", str(taken)])
+    assert f"--out {taken} cannot be written" in capsys.readouterr().err
+    assert taken.read_text() == "here already"
+
+
+def test_missing_packages_are_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "find_spec", lambda name: None if name == "rich" else name)
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--quick"])
+    assert "rich not found; run pip install -e '.[train]'" in capsys.readouterr().err

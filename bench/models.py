@@ -22,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 
 import fastprompt
 from bench import baselines, measure
-from bench.correctness import WrongResult, assert_as_exact
+from bench.correctness import assert_as_exact
 from bench.ops import backends, first_line
 from bench.papers import paper_model
 
@@ -67,10 +67,11 @@ class Setting:
 
 @dataclass
 class Competitor:
-    """A model, and what it is run in."""
+    """A model, and what it is run in; `folded`: it is for inference alone."""
 
     model: nn.Module
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    folded: bool = False
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, without DA-VPT's metric loss."""
@@ -91,6 +92,9 @@ class Competitor:
 
     def results(self, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         """Return the logits, and the gradients of the method's parameters."""
+        if self.folded:
+            with torch.no_grad():
+                return {"logits": self.model(images)}
         self.model.zero_grad(set_to_none=True)
         with self.context():
             logits = self.model(images)
@@ -102,19 +106,13 @@ class Competitor:
 
 @dataclass
 class Comparison:
-    """The competitors of one method and number of prompts.
-
-    Attributes:
-        reference: images, and their logits in float64 and by the papers' form; set by :func:`check_correctness`.
-        notes: why competitors have no row.
-    """
+    """The competitors of one method and number of prompts, and `notes` why some have no row."""
 
     method: str
     P: int
     setting: Setting
     ours: dict[str, Competitor] = field(default_factory=dict)
     others: dict[str, Competitor] = field(default_factory=dict)
-    reference: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -146,9 +144,10 @@ class BareBackbone(nn.Module):
 
 
 def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Comparison:
-    """Return the package (on a GPU also its eager backend), the papers' form, and, not compiled, the bare backbone.
+    """Return the package and the papers' form, compiled; or, not compiled, also the bare backbone.
 
-    `base` is copied; the copies share no memory.
+    The package then comes folded for inference too, and on a GPU with its eager backend. The copies of `base` share no
+    memory.
     """
     found = Comparison(method, P, setting)
     if method == REPLACE:
@@ -169,6 +168,8 @@ def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Compar
         found.others["concatenation, compiled"] = Competitor(compiled(theirs))
         return found
     found.ours["fastprompt"] = Competitor(ours)
+    found.ours["fastprompt, folded"] = Competitor(ours.fold(), folded=True)
+    ours.train()
     found.others["concatenation"] = Competitor(theirs)
     if backends("prompt_attention", setting.device)[0] != "eager":
         found.ours["fastprompt, eager backend"] = Competitor(ours, partial(fastprompt.use_backend, "eager"))
@@ -199,7 +200,6 @@ def check_correctness(comparison: Comparison, names: Sequence[str] | None = None
     paper = getattr(paper, "_orig_mod", paper)
     exact = Competitor(copy.deepcopy(paper).double()).results(part.double(), cotangent)
     plain = Competitor(paper).results(part, cotangent)
-    comparison.reference = {"images": part, "exact": exact["logits"], "plain": plain["logits"]}
     errors: dict[str, float | None] = {}
     for name, competitor in {**comparison.ours, **comparison.others}.items():
         if names is not None and name not in names:
@@ -210,8 +210,9 @@ def check_correctness(comparison: Comparison, names: Sequence[str] | None = None
                 errors[name] = None
                 continue
             found["logits"] = found["logits"][: len(part)]
-            assert_as_exact(found, plain, exact)
-            errors[name] = max(_error(found[n], x) for n, x in exact.items())
+            wanted = ["logits"] if competitor.folded else list(exact)
+            assert_as_exact(found, {n: plain[n] for n in wanted}, {n: exact[n] for n in wanted})
+            errors[name] = max(_error(found[n], exact[n]) for n in wanted)
         except Exception as error:  # the others are still measured
             comparison.notes.append(f"{comparison.name}: {name}: {type(error).__name__}: {first_line(error)}")
     return errors
@@ -226,16 +227,11 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
     torch._dynamo.reset()
     setting = comparison.setting
     errors = check_correctness(comparison)
-    competitors = {n: c for n, c in {**comparison.ours, **comparison.others}.items() if n in errors}
-    if not competitors:
-        return
     images, labels = draw(setting)
-    for mode in modes:
-        extra = _folded(comparison, errors) if mode == INFERENCE and not setting.compiled else {}
-        steps = {
-            name: step_of(competitor, mode, images, labels)
-            for name, competitor in {**competitors, **extra}.items()
-        }
+    for mode in modes if errors else ():
+        every = {**comparison.ours, **comparison.others}
+        competitors = {n: every[n] for n in errors if mode == INFERENCE or not every[n].folded}
+        steps = {name: step_of(c, mode, images, labels) for name, c in competitors.items()}
         metrics = {name: measure.peak_bytes(step, setting.device) for name, step in steps.items()}
         if not setting.compiled:
             for name, step in steps.items():
@@ -250,7 +246,7 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
                 metrics[name]["saved_bytes"] = float(kept)
         yield from measure.compare(
             times,
-            [*comparison.ours, *extra],
+            comparison.ours,
             errors,
             metrics,
             measure.machine(setting.device),
@@ -261,25 +257,6 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
             dtype=str(setting.dtype).removeprefix("torch."),
             rounds=setting.rounds,
         )
-
-
-def _folded(comparison: Comparison, errors: dict[str, float | None]) -> dict[str, Competitor]:
-    """Return the package's model folded for inference and note its error; nothing where its logits are wrong."""
-    name = "fastprompt, folded"
-    if "fastprompt" not in errors:
-        return {}
-    ours: Any = comparison.ours["fastprompt"].model
-    folded, reference = ours.fold(), comparison.reference
-    ours.train()
-    with torch.no_grad():
-        logits = folded(reference["images"])
-    try:
-        assert_as_exact(logits, reference["plain"], reference["exact"])
-    except WrongResult as error:
-        comparison.notes.append(f"{comparison.name}: {name}: WrongResult: {first_line(error)}")
-        return {}
-    errors[name] = _error(logits, reference["exact"])
-    return {name: Competitor(folded)}
 
 
 def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> measure.Step:

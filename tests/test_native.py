@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -278,14 +277,3 @@ def test_a_missing_library_is_said_once_at_first_use(monkeypatch: pytest.MonkeyP
     out = gated_blend(x, x, x[:, :1], torch.ones(1), 0, 1)[0]
     assert said == ["missing"]
     assert torch.equal(out[:, 1:], (x + x)[:, 1:])
-
-
-def test_the_warning_names_what_to_install_and_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    native.warn_missing_once.cache_clear()
-    monkeypatch.setattr(native, "load", lambda: "the native library _C.so is not installed")
-    with pytest.warns(RuntimeWarning, match="not installed"):
-        native.warn_missing_once()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        native.warn_missing_once()
-    native.warn_missing_once.cache_clear()

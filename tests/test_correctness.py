@@ -16,7 +16,7 @@ from fastprompt import ops
 
 B, N, P, H, D = 3, 21, 5, 2, 24
 # The relative error that is planted. In low precision plain PyTorch itself is off by half a percent or two.
-PLANTED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+PLANTED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.04, torch.bfloat16: 0.3}
 by_dtype = pytest.mark.parametrize("dtype", PLANTED, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -33,7 +33,10 @@ def attention(
         torch.cat((x, p.expand(B, -1, -1, -1)), 1).transpose(1, 2) for x, p in ((k, prompt_k), (v, prompt_v))
     )
     scores = q.transpose(1, 2) @ keys.mT * q.shape[-1] ** -0.5 / temperature
-    return (scores.softmax(-1).to(q.dtype) @ values).transpose(1, 2)
+    # As PyTorch's own attention makes the weights again in its backward: large scores leave their roundings in them.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = (scores - scores.logsumexp(-1, keepdim=True)).exp().to(q.dtype)
+    return (weights @ values).transpose(1, 2)
 
 
 def blend(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor) -> Tensor:
@@ -98,8 +101,6 @@ OPERATIONS = {
         ops.folded_row_attention, row, {"query": (B, H, D), "rows": (B, N, D), "prompt_rows": (P, D)}
     ),
 }
-# Sums over everything that nearly cancel: rounded to 16 bits, their terms leave little of the result.
-SUMS = tuple(f"gradient of {name}" for name in ("temperature", "gate", "q_bias", "k_bias"))
 by_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
@@ -117,18 +118,19 @@ def damaged(name: str, x: Tensor) -> list[Tensor]:
     """Copies of a result, each with one thing wrong."""
     off = x * (1 + PLANTED[x.dtype])
     if name == "gradient of k_bias":
-        off = x + PLANTED[x.dtype]  # it is zero, a sum of terms of size 1 that cancel
+        off = x + 10 * PLANTED[x.dtype]  # it is zero, a sum of terms of size 1 that cancel
     one_nan = x.clone(memory_format=torch.contiguous_format)
     one_nan.view(-1)[-1] = torch.nan
     other = torch.float64 if x.dtype == torch.float32 else torch.float32
-    wrong = [one_nan, x.to(other), x[..., :-1]]
-    return wrong if x.dtype.itemsize == 2 and name in SUMS else [off, *wrong]
+    return [off, one_nan, x.to(other), x[..., :-1]]
 
 
 @by_dtype
 @by_operation
 def test_an_error_is_caught_in_any_output_or_gradient(operation: Operation, dtype: torch.dtype) -> None:
-    oracle = Oracle(operation.plain, draw(operation, dtype))
+    inputs = draw(operation, dtype)
+    # The gradient of the squared output: a sum over everything, as the gate's gradient is, is not near zero by chance.
+    oracle = Oracle(operation.plain, inputs, cotangents=[operation.plain(**inputs)])
     right = oracle.evaluate(operation.ours)
     oracle.check(right)
     for name, x in right.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -132,7 +131,12 @@ def draw(
 
 
 def softmax(scores: Tensor) -> Tensor:
-    return scores.softmax(-1)
+    """A softmax that has the roundings of large scores, in float32 or better.
+
+    A backward that keeps the log-sum-exp and makes the weights again, as PyTorch's own attention has it, has them too.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def concatenated(
@@ -145,7 +149,6 @@ def concatenated(
     scale: float | None = None,
     temperature: Tensor | None = None,
     prompt_index: Tensor | None = None,
-    softmax: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
     """Plain PyTorch in the inputs' dtype: join keys and prompt keys, matmul, softmax, matmul."""
     if prompt_k is not None and prompt_v is not None:
@@ -162,14 +165,6 @@ def concatenated(
     if temperature is not None:
         logits = logits / temperature  # in float32, as PyTorch promotes
     return torch.matmul(softmax(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
-
-
-def softmax_from_lse(scores: Tensor) -> Tensor:
-    """A softmax with the roundings of large scores.
-
-    A backward that keeps the log-sum-exp and makes the scores again, as in flash attention, has them.
-    """
-    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def by_loops(

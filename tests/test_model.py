@@ -274,8 +274,8 @@ BAD_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "on meta and `images` on cpu",
     ),
-    "too large": (torch.tensor([0, CLASSES]), ValueError, "must lie in 0..4, the model's classes; got 5"),
-    "negative": (torch.tensor([0, -1]), ValueError, "must lie in 0..4, the model's classes; got -1"),
+    "too large": (torch.tensor([0, CLASSES]), ValueError, "must be in 0..4, the model's classes; got 5"),
+    "negative": (torch.tensor([0, -1]), ValueError, "must be in 0..4, the model's classes; got -1"),
 }
 
 

@@ -138,7 +138,7 @@ def test_bad_values_are_refused_by_name(config: type, fields: dict[str, Any], na
 def test_values_that_do_not_fit_the_model_are_refused_unchanged() -> None:
     for config, message in (
         (GateVPTConfig(2, num_gates=3), "`num_gates` must be <= 2"),
-        (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must lie in 0\.\.1"),
+        (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must be in 0\.\.1"),
     ):
         base = small("vit")
         with pytest.raises(ValueError, match=message):

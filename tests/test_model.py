@@ -318,7 +318,7 @@ def test_unsupported_models_are_refused_unchanged() -> None:
         fastprompt.get_prompt_model(Subclass(depth=1, embed_dim=48, num_heads=3), VPTConfig(3))
     with pytest.raises(TypeError, match="got str"):
         fastprompt.get_prompt_model("vit_base_patch16_224", VPTConfig(3))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="prompts already"):
+    with pytest.raises(TypeError, match="already has prompts"):
         fastprompt.get_prompt_model(build(), VPTConfig(3))
     with pytest.raises(TypeError, match="VPTConfig; got dict"):
         fastprompt.get_prompt_model(vit(), {"num_prompts": 3})  # type: ignore[arg-type]

@@ -304,7 +304,7 @@ def _block_indices(indices: int | list[int] | None, depth: int, caller: str) -> 
     if isinstance(indices, int):
         if not 1 <= indices <= depth:
             raise ValueError(
-                f"`{caller}`: `indices`, a number of last blocks, must be 1 to {depth}; got {indices}"
+                f"`{caller}`: `indices` must be a list, or 1 to {depth} for the last blocks; got {indices}"
             )
         return set(range(depth - indices, depth))
     if not indices or not all(isinstance(i, int) and -depth <= i < depth for i in indices):

@@ -8,7 +8,6 @@ Whole models are compared with the papers' form, :mod:`bench.papers`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +34,26 @@ def join(image: Tensor, prompts: Tensor | None) -> Tensor:
     return image.transpose(1, 2)
 
 
-def sdpa(name: str) -> Attention:
-    """Return `F.scaled_dot_product_attention` over the joined keys, held to one of `SDPA`."""
+def joined(function: Attention) -> Attention:
+    """Return `function` of q, k, v [B, H, n, d] over the joined keys."""
 
     def attention(
         q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None = None, prompt_v: Tensor | None = None
     ) -> Tensor:
-        with sdpa_kernel(SDPA[name]):
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), join(k, prompt_k), join(v, prompt_v))
+        out = function(q.transpose(1, 2), join(k, prompt_k), join(v, prompt_v))
         return out.transpose(1, 2).contiguous()
 
     return attention
+
+
+def sdpa(name: str) -> Attention:
+    """Return `F.scaled_dot_product_attention`, held to one of `SDPA`."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPA[name]):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return joined(attention)
 
 
 def products(
@@ -69,19 +77,11 @@ def products(
 
 
 def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attention:
-    """Return FlexAttention over the joined keys; compiled, it searches its tiles for each shape."""
+    """Return FlexAttention; compiled, it searches its tiles for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # Static shapes: a kernel for just this length, which is the best case.
-    run = torch.compile(flex_attention, dynamic=False, mode=mode) if compiled else flex_attention
-
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None = None, prompt_v: Tensor | None = None
-    ) -> Tensor:
-        out = cast(Tensor, run(q.transpose(1, 2), join(k, prompt_k), join(v, prompt_v)))
-        return out.transpose(1, 2).contiguous()
-
-    return attention
+    return joined(torch.compile(flex_attention, dynamic=False, mode=mode) if compiled else flex_attention)
 
 
 # The other operations -----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ backend, and PyTorch's SDPA as its fused operator, whose backward recomputes the
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import fastprompt
+from bench.measure import saved_bytes
 from bench.models import CLASSES, METHODS
 from bench.papers import paper_model
 
@@ -76,22 +77,17 @@ def cost(model: nn.Module) -> Cost:
     """Count a training step of `model` (a `PromptModel` or its papers' form) on the meta device."""
     images = torch.empty(BATCH, 3, 224, 224, device="meta")
     labels = torch.zeros(BATCH, dtype=torch.long, device="meta")
-    constants = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers(), images, labels)}
-    kept: dict[int, torch.UntypedStorage] = {}
+    losses = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in constants:
-            kept[storage._cdata] = storage
-        return tensor
+    def forward() -> None:
+        logits, method_loss = model(images, labels)
+        losses.append(F.cross_entropy(logits, labels) + method_loss)
 
     with _FusedAttention(), FlopCounterMode(display=False, custom_mapping=_FUSED_OPERATIONS) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits, method_loss = model(images, labels)
-            forward = counter.get_total_flops()
-            loss = F.cross_entropy(logits, labels) + method_loss
-        loss.backward()
-    return Cost(forward, counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+        kept = saved_bytes(forward, (*model.parameters(), *model.buffers(), images, labels))
+        operations = counter.get_total_flops()
+        losses[0].backward()
+    return Cost(operations, counter.get_total_flops(), kept)
 
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -173,9 +169,7 @@ ADVICE = "If this is meant, rewrite the table with `python -m bench.costs` and s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the table instead of rewriting it")
     if not parser.parse_args().check:
         write()

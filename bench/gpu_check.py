@@ -13,13 +13,13 @@ Exit code: 0 everything that was checked passed, 1 something failed, 2 there is 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,6 +56,9 @@ class Outcome:
     seconds: float
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.name:<24} {self.status:<8} {self.seconds:6.1f} s  {self.detail}"
+
 
 def stages(out: Path, work: Path, dry: bool, shards: int) -> list[list[Part]]:
     """Return the parts in order of importance; those of one stage take no times and run side by side."""
@@ -82,16 +85,8 @@ def stages(out: Path, work: Path, dry: bool, shards: int) -> list[list[Part]]:
 def build_command(work: Path) -> list[str]:
     """Return the command that builds the package into a folder that the later parts import it from."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--upgrade"]
-    return [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        *options,
-        "--target",
-        str(work / "installed"),
-        str(REPOSITORY),
-    ]
+    paths = ["--target", str(work / "installed"), str(REPOSITORY)]
+    return [sys.executable, "-m", "pip", "install", *options, *paths]
 
 
 def test_command(dry: bool) -> list[str]:
@@ -129,14 +124,8 @@ def run_stage(parts: Sequence[Part], work: Path, seconds_left: float) -> Iterato
         # The part stops by itself a little before it is stopped.
         own = ["--seconds", f"{max(limit - part.grace, limit / 2):.0f}"] if part.writes else []
         with (work / f"{part.name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [*part.command, *own],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=work,
-                env=environment(work),
-                start_new_session=True,
-            )
+            options: Any = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": work, "env": environment(work)}
+            process = subprocess.Popen([*part.command, *own], start_new_session=True, **options)
         running.append((part, process, started + limit))
     try:
         for part, process, end in running:
@@ -145,8 +134,7 @@ def run_stage(parts: Sequence[Part], work: Path, seconds_left: float) -> Iterato
             except subprocess.TimeoutExpired:
                 _stop(process, ask=not part.writes)
                 code = None
-            seconds = time.monotonic() - started
-            yield _outcome(part, code, seconds, work)
+            yield _outcome(part, code, time.monotonic() - started, work)
     finally:  # if this program is stopped itself, its parts would live on
         for _, process, _ in running:
             if process.poll() is None:
@@ -172,15 +160,10 @@ def _stop(process: subprocess.Popen[bytes], ask: bool = False) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
             process.wait(2)
             return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def run(all_stages: Sequence[Sequence[Part]], out: Path, work: Path, minutes: float) -> int:
@@ -193,10 +176,7 @@ def run(all_stages: Sequence[Sequence[Part]], out: Path, work: Path, minutes: fl
         try:
             for outcome in run_stage(stage, work, left):
                 outcomes.append(outcome)
-                print(
-                    f"{outcome.name:<24} {outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.detail}",
-                    flush=True,
-                )
+                print(outcome, flush=True)
         finally:
             found = write_table(outcomes, out, work)
     print((out / "table.txt").read_text(), end="", flush=True)
@@ -207,8 +187,7 @@ def run(all_stages: Sequence[Sequence[Part]], out: Path, work: Path, minutes: fl
 def write_table(outcomes: Sequence[Outcome], out: Path, work: Path) -> gpu_report.Found:
     """Write `table.txt` and `failed.txt` of what there is so far, and return it."""
     found = gpu_report.collect(out / "records.jsonl")
-    parts = [(o.name, o.status, o.seconds, o.detail) for o in outcomes]
-    (out / "table.txt").write_text(gpu_report.table(found, parts) + "\n")
+    (out / "table.txt").write_text(gpu_report.table(found, outcomes) + "\n")
     failed = [o.name for o in outcomes if o.status in ("failed", "stopped")]
     if failed:
         ends = [f"== {name}\n{gpu_report.end_of(work / f'{name}.log')}" for name in failed]
@@ -233,16 +212,12 @@ def why_no_gpu() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole run ends within so many")
     parser.add_argument("--parts", help="only these, separated by commas")
     parser.add_argument("--shards", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
-    parser.add_argument(
-        "--dry-run-cpu", action="store_true", help="tiny shapes on a CPU: checks this program"
-    )
+    parser.add_argument("--dry-run-cpu", action="store_true", help="tiny shapes: checks this program")
     given: Any = parser.parse_args(arguments)
     if not given.dry_run_cpu:
         reason = why_no_gpu()

@@ -6,13 +6,14 @@ Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 import fastprompt
 from bench import measure, models, numerics, ops
-from bench.cases import NAMES, load, operations
+from bench.cases import NAMES, load
 
 Record = dict[str, Any]
 
@@ -71,8 +72,8 @@ def numerics_part(settings: Settings) -> Iterator[Record]:
 
 def modes_part(settings: Settings) -> Iterator[Record]:
     """Check streams, graphs, compilation, autocast and DDP."""
-    modes = numerics.execution_modes(settings.device, "aot_eager" if settings.dry else "inductor")
-    for name, check in modes.items():
+    compiler = "aot_eager" if settings.dry else "inductor"
+    for name, check in numerics.execution_modes(settings.device, compiler).items():
         yield note(f"{name}: the time ended before it") if settings.over else _check(name, check)
 
 
@@ -90,40 +91,35 @@ def _failed(name: str, error: Exception) -> Record:
     return {"kind": "check", "name": name, "ok": False, "detail": detail}
 
 
-def operation_part(settings: Settings, name: str) -> Iterator[Record]:
-    """Time one operation against its competitors; of the first, say too what the device reaches."""
-    if name == NAMES[0]:
+def operations_part(settings: Settings, names: Sequence[str], autotuned: bool = False) -> Iterator[Record]:
+    """Time operations against their competitors; of the first, say too what the device reaches.
+
+    `autotuned`: only those with competitors that search their tile sizes, against these too.
+    """
+    if names == NAMES[:1]:
         yield from _ceilings(settings)
-    for case in load(name).cases(_size(settings)):
-        yield from _times(settings, case)
-
-
-def autotuned_part(settings: Settings) -> Iterator[Record]:
-    """Time the operations that have competitors which search their tile sizes, against all others too."""
-    for operation in operations():
-        for case in operation.cases(_size(settings)):
-            if case.autotuned:
-                yield from _times(settings, case, autotuned=True)
-
-
-def _size(settings: Settings) -> ops.Size:
-    """Return ViT-B's block at batch 128, or a tiny one."""
+    size = ops.Size(128, 197, 12, 768, torch.bfloat16, "cuda")
     if settings.dry:
-        return ops.Size(2, 17, 3, 24, torch.float32, "cpu")
-    return ops.Size(128, 197, 12, 768, torch.bfloat16, "cuda")
-
-
-def _times(settings: Settings, case: ops.Case, autotuned: bool = False) -> Iterator[Record]:
-    for mode in (ops.FORWARD, ops.BOTH):
-        if settings.over:
-            yield note(f"{case.name}, {mode}: the time ended before it")
+        size = ops.Size(2, 17, 3, 24, torch.float32, "cpu")
+    for case in chain.from_iterable(load(name).cases(size) for name in names):
+        if autotuned and not case.autotuned:
             continue
-        try:
-            for row in ops.rows(case, mode, settings.rounds, settings.device, autotuned):
-                yield {"kind": "row", **row.to_dict()}
-        except Exception as error:
-            yield note(f"{case.name}, {mode}: {type(error).__name__}: {ops.first_line(error)}")
-    yield from map(note, case.notes)
+        for mode in (ops.FORWARD, ops.BOTH):
+            rows = partial(ops.rows, case, mode, settings.rounds, settings.device, autotuned)
+            yield from _timed(settings, f"{case.name}, {mode}", rows)
+        yield from map(note, case.notes)
+
+
+def _timed(settings: Settings, name: str, rows: Callable[[], Iterable[measure.Row]]) -> Iterator[Record]:
+    """Yield the rows of a comparison, or a note that the time ended before it or that it failed."""
+    if settings.over:
+        yield note(f"{name}: the time ended before it")
+        return
+    try:
+        for row in rows():
+            yield {"kind": "row", **row.to_dict()}
+    except Exception as error:
+        yield note(f"{name}: {type(error).__name__}: {ops.first_line(error)}")
 
 
 def _ceilings(settings: Settings) -> Iterator[Record]:
@@ -152,35 +148,31 @@ def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
         ("vpt-deep", 10),
         ("cvpt", 20),
     ]
-    if compiled:
-        plan = [("vpt-deep", P) for P in (50, 10, 100)]
     if settings.dry:
-        setting = models.Setting(
-            "test_vit", 48, 2, torch.float32, "cpu", 1, ("flash",), compiler="aot_eager", depth=2
-        )
-        plan = plan[:1]
+        tiny = models.Setting("test_vit", 48, 2, torch.float32, "cpu", 1, ("flash",))
+        setting, plan = replace(tiny, compiler="aot_eager", depth=2), plan[:1]
     if compiled:
+        plan = [one for one in plan if one[0] == "vpt-deep"]
         setting = replace(setting, compiled=True, kernels=())
     base = models.backbone(setting)
+    modes = (models.TRAINING,) if compiled else (models.TRAINING, models.INFERENCE)
     for method, P in plan:
-        if settings.over:
-            yield note(f"{method} P={P}{', compiled' if compiled else ''}: the time ended before it")
-            continue
-        comparison = models.comparison(method, P, setting, base)
-        modes = (models.TRAINING,) if compiled else (models.TRAINING, models.INFERENCE)
-        try:
-            for row in models.rows(comparison, modes):
-                yield {"kind": "row", **row.to_dict()}
-        except Exception as error:
-            yield note(f"{comparison.name}: {type(error).__name__}: {ops.first_line(error)}")
-        yield from map(note, comparison.notes)
+        notes: list[str] = []
+
+        def rows(method: str = method, P: int = P, notes: list[str] = notes) -> Iterator[measure.Row]:
+            comparison = models.comparison(method, P, setting, base)
+            comparison.notes = notes
+            return models.rows(comparison, modes)
+
+        yield from _timed(settings, f"{method} P={P}{', compiled' if compiled else ''}", rows)
+        yield from map(note, notes)
 
 
 PARTS: dict[str, Callable[[Settings], Iterable[Record]]] = {
     "numerics": numerics_part,
     "modes": modes_part,
-    **{name: partial(operation_part, name=name) for name in NAMES},
-    "autotuned": autotuned_part,
+    **{name: partial(operations_part, names=(name,)) for name in NAMES},
+    "autotuned": partial(operations_part, names=NAMES, autotuned=True),
     "models": models_part,
     "compiled": partial(models_part, compiled=True),
 }
@@ -221,9 +213,7 @@ def run(name: str, settings: Settings, path: Path, label: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="what the records call the part; default its own name")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report import pairs
+
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -34,10 +36,9 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "no output")[:160]
 
 
-def table(found: Found, parts: Sequence[tuple[str, str, float, str]]) -> str:
-    """Return parts, failures, and one line for each comparison: ours beside the best of the others."""
-    lines = ["", "== parts"]
-    lines += [f"{name:<24} {status:<8} {seconds:6.1f} s  {detail}" for name, status, seconds, detail in parts]
+def table(found: Found, parts: Sequence[object]) -> str:
+    """Return a line of each part, failures, and a line for each comparison: ours beside the best of the others."""
+    lines = ["", "== parts", *map(str, parts)]
     wrong = [c for c in found["checks"] if not c["ok"]]
     lines += ["", f"== checks: {len(found['checks']) - len(wrong)} passed, {len(wrong)} failed"]
     lines += [f"FAILED {c['name']}: {c['detail']}" for c in wrong[:15]]
@@ -68,31 +69,19 @@ def notes(texts: Sequence[str], most: int = 16) -> list[str]:
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line for each comparison and each of our competitors in it."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        shape = json.dumps(row["shape"])
-        key = row.get("part"), row["suite"], row["mode"], shape, row["dtype"], row["baseline"]
-        groups.setdefault(key, []).append(row)
     lines = [
         f"{'what':<62} {'ours':<26} {'p50':>9} {'baseline':<26} {'p50':>9} {'ratio':>6} {'floor':>6} {'error':>8}"
     ]
-    for (_, suite, mode, shape, dtype, baseline), group in groups.items():
-        best = next((r for r in group if r["provider"] == baseline), None)
-        if best is None:
-            continue
-        sizes = " ".join(str(v) if k == "model" else f"{k}={v}" for k, v in json.loads(shape).items())
-        short = dtype.replace("float", "fp").replace("bfp", "bf")
-        what = f"{suite} {mode.replace('forward+backward', 'fwd+bwd')} {sizes} {short}"
-        for row in group:
-            if not row["provider"].startswith("fastprompt"):
-                continue
-            floor = row["metrics"].get("of_floor")
-            error = row["error"]
-            lines.append(
-                f"{what[:62]:<62} {row['provider'].removeprefix('fastprompt ')[:26]:<26} {_ms(row['p50']):>9} "
-                f"{baseline[:26]:<26} {_ms(best['p50']):>9} {row['ratio']:>6.2f} "
-                f"{'' if floor is None else f'{floor:.0%}':>6} {'' if error is None else f'{error:.1e}':>8}"
-            )
+    for row, other in pairs(rows):
+        sizes = " ".join(str(v) if k == "model" else f"{k}={v}" for k, v in row["shape"].items())
+        dtype = row["dtype"].replace("float", "fp").replace("bfp", "bf")
+        what = f"{row['suite']} {row['mode'].replace('forward+backward', 'fwd+bwd')} {sizes} {dtype}"
+        floor, error = row["metrics"].get("of_floor"), row["error"]
+        lines.append(
+            f"{what[:62]:<62} {row['provider'].removeprefix('fastprompt ')[:26]:<26} {_ms(row['p50']):>9} "
+            f"{row['baseline'][:26]:<26} {_ms(other['p50']):>9} {row['ratio']:>6.2f} "
+            f"{'' if floor is None else f'{floor:.0%}':>6} {'' if error is None else f'{error:.1e}':>8}"
+        )
     return lines
 
 

@@ -83,37 +83,19 @@ def compare(
     shape: dict[str, Any],
     dtype: str,
     rounds: int,
-    baseline: str | None = None,
 ) -> list[Row]:
-    """Return the rows of one comparison; `baseline` defaults to the fastest competitor that is not in `ours`."""
-    clock = next(iter(times.values())).get("clock", "wall")
-    by = "min" if clock == "wall" else "p50"
+    """Return the rows of one comparison; the baseline is the fastest competitor that is not in `ours`."""
+    by = "min" if next(iter(times.values())).get("clock", "wall") == "wall" else "p50"
     others = [name for name in times if name not in set(ours) and errors.get(name) is not None]
-    if baseline is None:
-        baseline = min(others or list(times), key=lambda name: times[name][by])
-    return [
-        Row(
-            suite,
-            mode,
-            name,
-            shape,
-            dtype,
-            str(t.get("clock", "wall")),
-            rounds,
-            t["min"],
-            t["p20"],
-            t["p50"],
-            t["p80"],
-            baseline,
-            round(t[by] / times[baseline][by], 4),
-            errors.get(name),
-            {**({"cpu_min": t["cpu_min"]} if "cpu_min" in t else {}), **metrics.get(name, {})},
-            machine["device"],
-            dict(machine["versions"]),
-            machine["commit"],
-        )
-        for name, t in times.items()
-    ]
+    baseline = min(others or list(times), key=lambda name: times[name][by])
+    rows = []
+    for name, t in times.items():
+        quantiles = t["min"], t["p20"], t["p50"], t["p80"]
+        ratio = round(t[by] / times[baseline][by], 4)
+        more = {**({"cpu_min": t["cpu_min"]} if "cpu_min" in t else {}), **metrics.get(name, {})}
+        what = suite, mode, name, shape, dtype, str(t.get("clock", "wall")), rounds
+        rows.append(Row(*what, *quantiles, baseline, ratio, errors.get(name), more, **machine))
+    return rows
 
 
 def interleaved(
@@ -158,7 +140,7 @@ def interleaved(
 def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str, dict[str, Any]]:
     runs: dict[str, tuple[Step, str, int]] = {}
     for name, several in sets.items():
-        run, clock = _captured(several) if graphs else _plain(several)
+        run, clock = _prepared(several, graphs)
         once = _events(run, 1)
         once = min(once, _events(run, 1))  # the first replay uploads the graph
         stretch = REPLAYS_MS if clock == "graph" else CALLS_MS
@@ -171,32 +153,33 @@ def _on_gpu(sets: dict[str, list[Step]], rounds: int, graphs: bool) -> dict[str,
     return {name: {**quantiles(times[name]), "clock": runs[name][1]} for name in sets}
 
 
-def _captured(steps: list[Step]) -> tuple[Step, str]:
-    """Capture all `steps` and return a replay and "graph", or plain calls and "events" if they cannot be captured."""
+def capture(run: Step) -> torch.cuda.CUDAGraph:
+    """Run `run` three times on a stream of its own, then capture it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            for step in steps:
-                step()
+            run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for step in steps:
-                step()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return _plain(steps)
-    return graph.replay, "graph"
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
-def _plain(steps: list[Step]) -> tuple[Step, str]:
+def _prepared(steps: list[Step], graphs: bool) -> tuple[Step, str]:
+    """Return what runs all `steps`: a replay and "graph", or plain calls and "events" if they cannot be captured."""
+
     def run() -> None:
         for step in steps:
             step()
 
+    if graphs:
+        try:
+            return capture(run).replay, "graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
     for _ in range(3):
         run()
     return run, "events"
@@ -253,21 +236,20 @@ def operations(step: Step) -> int:
     return int(counter.get_total_flops())
 
 
-def saved_bytes(forward: Step, parameters: Iterable[Tensor]) -> int:
-    """Return the bytes that `forward` keeps for its backward: distinct storages, parameters excluded."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
+def saved_bytes(forward: Step, constants: Iterable[Tensor]) -> int:
+    """Return the bytes that `forward` keeps for its backward: distinct storages, those of `constants` excluded."""
+    own = {tensor.untyped_storage()._cdata for tensor in constants}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(kept.values())
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

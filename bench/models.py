@@ -1,14 +1,17 @@
 """Comparisons of whole models: the package against the papers' form on timm, training step and inference.
 
 Both sides have the same weights, prompts and images. Logits and the gradients of what the method trains are checked
-against float64 before a time is taken.
+against float64 before a time is taken. `replace_attention` alone is compared with timm's own attention; its goal is a
+ratio of 1.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -19,14 +22,14 @@ from torch.nn.attention import sdpa_kernel
 
 import fastprompt
 from bench import baselines, measure
-from bench.correctness import WrongResult, assert_as_exact
+from bench.correctness import assert_as_exact
 from bench.ops import backends, first_line
 from bench.papers import paper_model
 
 TRAINING, INFERENCE = "training step", "inference"
 CLASSES = 100
+REPLACE = "replace-attention"
 OWN = ("prompts.", "gate_logits", "temperature")  # the parameters of a method, named alike on both sides
-
 
 # The methods by name: from P and the model's depth to a configuration.
 METHODS: dict[str, Callable[[int, int], fastprompt.PromptConfig]] = {
@@ -64,28 +67,52 @@ class Setting:
 
 @dataclass
 class Competitor:
-    """A model, and how it is run."""
+    """A model, and what it is run in; `folded`: it is for inference alone."""
 
     model: nn.Module
-    run: Callable[[Callable[[], Any]], Any] = lambda step: step()
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    folded: bool = False
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy, without DA-VPT's metric loss."""
+        with self.context():
+            return F.cross_entropy(self.model(images), labels)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """Run forward, cross-entropy and backward, without the optimizer's update."""
+        self.model.zero_grad(set_to_none=True)
+        with self.context():
+            F.cross_entropy(self.model(images), labels).backward()
+
+    @torch.no_grad()
+    def infer(self, images: Tensor, labels: Tensor) -> None:
+        """Run one forward."""
+        with self.context():
+            self.model(images)
+
+    def results(self, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+        """Return the logits, and the gradients of the method's parameters."""
+        if self.folded:
+            with torch.no_grad():
+                return {"logits": self.model(images)}
+        self.model.zero_grad(set_to_none=True)
+        with self.context():
+            logits = self.model(images)
+            logits.backward(cotangent.to(logits))
+        named = {n.removeprefix("_orig_mod."): p.grad for n, p in self.model.named_parameters()}
+        gradients = {n: g for n, g in named.items() if n.startswith(OWN) and g is not None}
+        return {"logits": logits.detach(), **gradients}
 
 
 @dataclass
 class Comparison:
-    """The competitors of one method and number of prompts.
-
-    Attributes:
-        reference: images, and their logits in float64 and by the papers' form; set by :func:`check_correctness`.
-        notes: why competitors have no row.
-    """
+    """The competitors of one method and number of prompts, and `notes` why some have no row."""
 
     method: str
     P: int
     setting: Setting
-    base: nn.Module
     ours: dict[str, Competitor] = field(default_factory=dict)
     others: dict[str, Competitor] = field(default_factory=dict)
-    reference: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -117,11 +144,17 @@ class BareBackbone(nn.Module):
 
 
 def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Comparison:
-    """Return the package (on a GPU also its eager backend), the papers' form, and, not compiled, the bare backbone.
+    """Return the package and the papers' form, compiled; or, not compiled, also the bare backbone.
 
-    `base` is copied; the copies share no memory.
+    The package then comes folded for inference too, and on a GPU with its eager backend. The copies of `base` share no
+    memory.
     """
-    found = Comparison(method, P, setting, base)
+    found = Comparison(method, P, setting)
+    if method == REPLACE:
+        fast = copy.deepcopy(base)
+        fastprompt.replace_attention(fast, strict=True)
+        found.ours["replace_attention"], found.others["timm"] = Competitor(fast), Competitor(base)
+        return found
     config = METHODS[method](P, len(base.blocks))  # type: ignore[arg-type]
     ours = fastprompt.get_prompt_model(copy.deepcopy(base), config).train()
     with torch.no_grad():
@@ -130,67 +163,28 @@ def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Compar
                 p.add_(0.1 * torch.randn_like(p))  # gates as initialised hide what passes through them
     theirs = paper_model(ours)
     if setting.compiled:
-        found.ours["fastprompt, compiled"] = Competitor(_compile(ours, setting))
-        found.others["concatenation, compiled"] = Competitor(_compile(theirs, setting))
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=setting.compiler)
+        found.ours["fastprompt, compiled"] = Competitor(compiled(ours))
+        found.others["concatenation, compiled"] = Competitor(compiled(theirs))
         return found
     found.ours["fastprompt"] = Competitor(ours)
+    found.ours["fastprompt, folded"] = Competitor(ours.fold(), folded=True)
+    ours.train()
     found.others["concatenation"] = Competitor(theirs)
     if backends("prompt_attention", setting.device)[0] != "eager":
-        found.ours["fastprompt, eager backend"] = Competitor(
-            ours, _within(lambda: fastprompt.use_backend("eager"))
-        )
+        found.ours["fastprompt, eager backend"] = Competitor(ours, partial(fastprompt.use_backend, "eager"))
     for kernel in setting.kernels:
-        found.others[f"concatenation, sdpa {kernel}"] = Competitor(
-            theirs, _within(lambda kernel=kernel: sdpa_kernel(baselines.SDPA[kernel]))
-        )
+        context = partial(sdpa_kernel, baselines.SDPA[kernel])
+        found.others[f"concatenation, sdpa {kernel}"] = Competitor(theirs, context)
     found.others["bare backbone"] = Competitor(BareBackbone(base).eval())
     return found
 
 
-def _compile(model: nn.Module, setting: Setting) -> nn.Module:
-    return torch.compile(model, fullgraph=True, dynamic=False, backend=setting.compiler)
-
-
-def _within(context: Callable[[], Any]) -> Callable[[Callable[[], Any]], Any]:
-    def run(step: Callable[[], Any]) -> Any:
-        with context():
-            return step()
-
-    return run
-
-
-def draw(setting: Setting, batch: int | None = None) -> tuple[Tensor, Tensor]:
+def draw(setting: Setting) -> tuple[Tensor, Tensor]:
     """Draw images [B, 3, size, size] and labels [B]."""
-    B, size = batch or setting.batch, setting.size
+    B, size = setting.batch, setting.size
     images = torch.randn(B, 3, size, size, device=setting.device, dtype=setting.dtype)
     return images, torch.randint(0, CLASSES, (B,), device=setting.device)
-
-
-def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Run forward, cross-entropy and backward, without the optimizer's update and DA-VPT's metric loss."""
-    model.zero_grad(set_to_none=True)
-    F.cross_entropy(model(images), labels).backward()
-
-
-@torch.no_grad()
-def infer(model: nn.Module, images: Tensor) -> None:
-    """Run one forward."""
-    model(images)
-
-
-def results(competitor: Competitor, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-    """Return the logits, and the gradients of the method's parameters."""
-    model = competitor.model
-    model.zero_grad(set_to_none=True)
-
-    def run() -> Tensor:
-        logits = model(images)
-        logits.backward(cotangent.to(logits))
-        return logits.detach()
-
-    logits = competitor.run(run)
-    gradients = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
-    return {"logits": logits, **{n: g for n, g in gradients.items() if n.startswith(OWN) and g is not None}}
 
 
 def check_correctness(comparison: Comparison, names: Sequence[str] | None = None) -> dict[str, float | None]:
@@ -204,21 +198,21 @@ def check_correctness(comparison: Comparison, names: Sequence[str] | None = None
     full = torch.cat([cotangent, cotangent.new_zeros(len(images) - len(part), CLASSES)])
     paper = next(iter(comparison.others.values())).model
     paper = getattr(paper, "_orig_mod", paper)
-    exact = results(Competitor(copy.deepcopy(paper).double()), part.double(), cotangent)
-    plain = results(Competitor(paper), part, cotangent)
-    comparison.reference = {"images": part, "exact": exact["logits"], "plain": plain["logits"]}
+    exact = Competitor(copy.deepcopy(paper).double()).results(part.double(), cotangent)
+    plain = Competitor(paper).results(part, cotangent)
     errors: dict[str, float | None] = {}
     for name, competitor in {**comparison.ours, **comparison.others}.items():
         if names is not None and name not in names:
             continue
         try:
-            found = results(competitor, images, full)
+            found = competitor.results(images, full)
             if name.startswith("bare backbone"):
                 errors[name] = None
                 continue
             found["logits"] = found["logits"][: len(part)]
-            assert_as_exact(found, plain, exact)
-            errors[name] = max(_error(found[n], x) for n, x in exact.items())
+            wanted = ["logits"] if competitor.folded else list(exact)
+            assert_as_exact(found, {n: plain[n] for n in wanted}, {n: exact[n] for n in wanted})
+            errors[name] = max(_error(found[n], exact[n]) for n in wanted)
         except Exception as error:  # the others are still measured
             comparison.notes.append(f"{comparison.name}: {name}: {type(error).__name__}: {first_line(error)}")
     return errors
@@ -233,16 +227,11 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
     torch._dynamo.reset()
     setting = comparison.setting
     errors = check_correctness(comparison)
-    competitors = {n: c for n, c in {**comparison.ours, **comparison.others}.items() if n in errors}
-    if not competitors:
-        return
     images, labels = draw(setting)
-    for mode in modes:
-        extra = _folded(comparison, errors) if mode == INFERENCE and not setting.compiled else {}
-        steps = {
-            name: step_of(competitor, mode, images, labels)
-            for name, competitor in {**competitors, **extra}.items()
-        }
+    for mode in modes if errors else ():
+        every = {**comparison.ours, **comparison.others}
+        competitors = {n: every[n] for n in errors if mode == INFERENCE or not every[n].folded}
+        steps = {name: step_of(c, mode, images, labels) for name, c in competitors.items()}
         metrics = {name: measure.peak_bytes(step, setting.device) for name, step in steps.items()}
         if not setting.compiled:
             for name, step in steps.items():
@@ -252,48 +241,24 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
             steps, setting.rounds, setting.device, graphs=False, warm=setting.compiled
         )
         if mode == TRAINING and not setting.compiled:
-            for name, competitor in competitors.items():
-                kept = measure.saved_bytes(_loss(competitor, images, labels), competitor.model.parameters())
+            for name, c in competitors.items():
+                kept = measure.saved_bytes(partial(c.loss, images, labels), c.model.parameters())
                 metrics[name]["saved_bytes"] = float(kept)
         yield from measure.compare(
             times,
-            [*comparison.ours, *extra],
+            comparison.ours,
             errors,
             metrics,
             measure.machine(setting.device),
             suite=comparison.method,
             mode=mode,
-            shape={"model": setting.model, "B": setting.batch, "P": comparison.P},
+            shape={"model": setting.model, "B": setting.batch}
+            | ({"P": comparison.P} if comparison.P else {}),
             dtype=str(setting.dtype).removeprefix("torch."),
             rounds=setting.rounds,
         )
 
 
-def _folded(comparison: Comparison, errors: dict[str, float | None]) -> dict[str, Competitor]:
-    """Return the package's model folded for inference and note its error; nothing where its logits are wrong."""
-    name = "fastprompt, folded"
-    if "fastprompt" not in errors:
-        return {}
-    ours: Any = comparison.ours["fastprompt"].model
-    folded, reference = ours.fold(), comparison.reference
-    ours.train()
-    with torch.no_grad():
-        logits = folded(reference["images"])
-    try:
-        assert_as_exact(logits, reference["plain"], reference["exact"])
-    except WrongResult as error:
-        comparison.notes.append(f"{comparison.name}: {name}: WrongResult: {first_line(error)}")
-        return {}
-    errors[name] = _error(logits, reference["exact"])
-    return {name: Competitor(folded)}
-
-
 def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> measure.Step:
     """Return the step that is timed in `mode`."""
-    if mode == TRAINING:
-        return lambda: competitor.run(lambda: train_step(competitor.model, images, labels))
-    return lambda: competitor.run(lambda: infer(competitor.model, images))
-
-
-def _loss(competitor: Competitor, images: Tensor, labels: Tensor) -> measure.Step:
-    return lambda: competitor.run(lambda: F.cross_entropy(competitor.model(images), labels))
+    return partial(competitor.train_step if mode == TRAINING else competitor.infer, images, labels)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastprompt
-from bench import ops
+from bench import measure, ops
 from bench.cases import NAMES, load, operations
 from bench.correctness import Oracle, WrongResult
 from bench.models import METHODS, OWN
 
+Results = dict[str, Tensor]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -53,17 +54,15 @@ def _blocks(operation: ops.Operation, device: str, tiny: bool) -> Iterator[ops.C
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Let `torch.empty` hand out NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def checks_of(case: ops.Case) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -92,66 +91,52 @@ def execution_modes(device: str, compiler: str) -> dict[str, Callable[[], str]]:
     """Return named checks of operations and models under streams, graphs, `torch.compile`, autocast and DDP."""
     found: dict[str, Callable[[], str]] = {}
     for name in NAMES if device.startswith("cuda") else ():
-        found[f"another stream: {name}"] = partial(_on_another_stream, name, device)
-        found[f"CUDA graph, forward and backward: {name}"] = partial(_in_a_graph, name, device)
-    for method in METHODS:
-        found[f"torch.compile, full graph, training step: {method}"] = partial(
-            _compiled, method, device, compiler
+        found[f"another stream: {name}"] = partial(_on_each_backend, _on_another_stream, name, device)
+        found[f"CUDA graph, forward and backward: {name}"] = partial(
+            _on_each_backend, _in_a_graph, name, device
         )
+    for method in METHODS:
+        compiled = partial(_compiled, method, device, compiler)
+        found[f"torch.compile, full graph, training step: {method}"] = compiled
         found[f"autocast: {method}"] = partial(_autocast, method, device)
         found[f"DDP, one process: {method}"] = partial(_distributed, method, device)
     return found
 
 
-def _case(name: str, device: str) -> ops.Case:
-    return next(load(name).cases(ops.Size(4, 197, 3, 192, FP16, device)))
-
-
-def _on_another_stream(name: str, device: str) -> str:
-    """Check that on a stream of its own an operation waits for inputs that come late."""
-    case = _case(name, device)
+def _on_each_backend(run: Callable[[ops.Case, Oracle, ops.Function], Results], name: str, device: str) -> str:
+    """Check what `run` makes of each backend of an operation."""
+    case = next(load(name).cases(ops.Size(4, 197, 3, 192, FP16, device)))
     oracle = case.oracle(ops.BOTH)
     for backend, function in case.ours.items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), poisoned():
-            torch.cuda._sleep(20_000_000)
-            late = {n: x.clone() for n, x in oracle.inputs.items() if x is not None}
-            got = oracle.evaluate(function, late)
-        stream.synchronize()
-        _check(oracle, backend, got)
+        try:
+            oracle.check(run(case, oracle, function))
+        except WrongResult as error:
+            raise WrongResult(f"{backend}: {error}") from error
     return f"{len(case.ours)} backends"
 
 
-def _in_a_graph(name: str, device: str) -> str:
-    """Check that a captured forward and backward, replayed on new inputs, is as exact as a call."""
-    case = _case(name, device)
-    oracle = case.oracle(ops.BOTH)
-    for backend, function in case.ours.items():
-        static = case.draw()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                oracle.evaluate(function, static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = oracle.evaluate(function, static)
-        for n, x in oracle.inputs.items():
-            if x is not None:
-                static[n].copy_(x)
-        graph.replay()
-        torch.cuda.synchronize()
-        _check(oracle, backend, got)
-    return f"{len(case.ours)} backends"
+def _on_another_stream(case: ops.Case, oracle: Oracle, function: ops.Function) -> Results:
+    """Run on a stream of its own, which must wait for inputs that come late."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), poisoned():
+        torch.cuda._sleep(20_000_000)
+        late = {n: x.clone() for n, x in oracle.inputs.items() if x is not None}
+        got = oracle.evaluate(function, late)
+    stream.synchronize()
+    return got
 
 
-def _check(oracle: Oracle, backend: str, got: dict[str, Tensor]) -> None:
-    try:
-        oracle.check(got)
-    except WrongResult as error:
-        raise WrongResult(f"{backend}: {error}") from error
+def _in_a_graph(case: ops.Case, oracle: Oracle, function: ops.Function) -> Results:
+    """Capture a forward and a backward, and replay them on new inputs."""
+    static, got = case.draw(), {}
+    graph = measure.capture(lambda: got.update(oracle.evaluate(function, static)))
+    for n, x in oracle.inputs.items():
+        if x is not None:
+            static[n].copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    return got
 
 
 class _Trained:

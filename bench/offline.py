@@ -72,17 +72,8 @@ def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool =
                     seen.add(key)
                     machine = read(found)
                     fault = machine.fault(arch) or _slow_products(arch, found, machine)
-                    yield Row(
-                        arch,
-                        found.name,
-                        shape,
-                        _dtype(found),
-                        found.constants,
-                        found.num_warps,
-                        found.num_stages,
-                        machine,
-                        fault,
-                    )
+                    launched = found.constants, found.num_warps, found.num_stages
+                    yield Row(arch, found.name, shape, _dtype(found), *launched, machine, fault)
                 compiled.clear()
 
 

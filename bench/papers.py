@@ -3,7 +3,7 @@
 VPT, GateVPT and DA-VPT concatenate prompts to the tokens, and a block with its own prompts replaces the rows of the
 previous ones. CVPT expands its prompts to the batch. The benchmarks time these models, the tests take them in float64
 for the definition, and the demo compares with them. Nothing here runs code of fastprompt, except the formula of
-DA-VPT's loss; `tests/bench/test_papers.py` holds them to the numbers of the published code.
+DA-VPT's loss; `tests/methods/test_golden.py` holds them to the numbers of the published code.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ python -m bench.report --write           puts those of whole models on a CPU int
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Row = dict[str, Any]
 OURS = ("fastprompt", "replace_attention")
 METHODS = {"vpt-deep": "VPT-Deep", "gate-vpt": "GateVPT", "cvpt": "CVPT"}
+MODELS = {*METHODS, "replace-attention"}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the rows of whole models as Markdown."""
-    rows = [row for row in result["rows"] if row["suite"] in METHODS or row["suite"] == "replace-attention"]
+    rows = [row for row in result["rows"] if row["suite"] in MODELS]
     first = rows[0]
     versions = first["versions"]
     threads = f", {versions['threads']} threads" if "threads" in versions else ""
     by = "interleaved minima of wall time" if first["clock"] == "wall" else "medians of interleaved rounds"
     lines = [
         f"{first['device']}{threads}, torch {versions['torch']}, timm {versions['timm']}, "
-        f"{first['dtype']}; {by}, {_commits(rows)}.",
+        f"{first['dtype']}; {by}, {_commits(rows)}."
     ]
     for suite, title in METHODS.items():
         found = [pair for pair in pairs(rows, suite) if pair[0]["provider"] == "fastprompt"]
@@ -55,11 +56,9 @@ def table(result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Return :func:`table`, and the single operations: ours beside the fastest of the others."""
-    parts = []
-    if any(row["suite"] in METHODS or row["suite"] == "replace-attention" for row in result["rows"]):
-        parts.append(table(result))
     suites = dict.fromkeys(row["suite"] for row in result["rows"])
-    for suite in [s for s in suites if s not in METHODS and s != "replace-attention"]:
+    parts = [table(result)] if suites.keys() & MODELS else []
+    for suite in [s for s in suites if s not in MODELS]:
         lines = [
             f"| `{suite}` | call | ours | time, ms | fastest other | time, ms | time ratio |",
             "|---|---|---|---|---|---|---|",
@@ -74,17 +73,17 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def pairs(rows: Sequence[Row], suite: str) -> list[tuple[Row, Row]]:
-    """Return each row of ours in `suite`, with the row of the baseline that its ratio compares with."""
+def pairs(rows: Sequence[Row], suite: str | None = None) -> list[tuple[Row, Row]]:
+    """Return each row of ours (in `suite`), with the row of the baseline that its ratio compares with."""
 
     def comparison(row: Row) -> tuple[Any, ...]:
-        return row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
+        return row.get("part"), row["suite"], row["mode"], row["dtype"], json.dumps(row["shape"])
 
     baselines = {comparison(row): row for row in rows if row["provider"] == row["baseline"]}
     return [
         (row, baselines[comparison(row)])
         for row in rows
-        if row["suite"] == suite and row["provider"].startswith(OURS) and row["baseline"] != row["provider"]
+        if suite in (None, row["suite"]) and row["provider"].startswith(OURS) and comparison(row) in baselines
     ]
 
 
@@ -127,9 +126,7 @@ def written(readme: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     parser.add_argument("--device", default="cpu", help="a folder of bench/results")
     arguments = parser.parse_args()

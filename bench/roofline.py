@@ -90,7 +90,7 @@ def tiled_table(name: str) -> str:
     """Return the floors of operation `name`, forward and backward, and what tiles add."""
     lines = [
         f"{name:<16} {'P':>3} | {'forward':>7} {'bound by':<9} {'tiled':>6} {'extra':>6} "
-        f"| {'backward':>8} {'bound by':<9} {'tiled':>6} {'extra':>6}",
+        f"| {'backward':>8} {'bound by':<9} {'tiled':>6} {'extra':>6}"
     ]
     for vit in MODELS:
         for P in PROMPTS:

@@ -9,74 +9,40 @@ A comparison whose check fails is an error: `results.json` stays as it is, and w
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastprompt
 from bench import costs, measure, models, ops
 from bench.cases import operations
-from bench.correctness import Oracle, WrongResult
 from bench.report import RESULTS, tables
 
-PLANS = {"vpt-deep": (10, 50, 100), "gate-vpt": (50,), "cvpt": (10,)}
-REPLACE, OPERATIONS = "replace-attention", "operations"
-SUITES = (*PLANS, REPLACE, OPERATIONS)
+# The numbers of prompts at which each method is measured.
+PLANS = {"vpt-deep": (10, 50, 100), "gate-vpt": (50,), "cvpt": (10,), models.REPLACE: (0,)}
+OPERATIONS = "operations"
+SUITES = (*PLANS, OPERATIONS)
 
 
-def setting_for(device: str, rounds: int, quick: bool, model: str = "vit_base_patch16_224") -> models.Setting:
-    """Return the setting at which models are measured."""
-    if quick:
-        return models.Setting("test_vit", 48, 2, torch.float32, "cpu", 2, depth=2)
-    if device == "cuda":
-        return models.Setting(model, 224, 128, torch.bfloat16, "cuda", rounds, ("cudnn",))
-    return models.Setting(model, 224, 8, torch.float32, "cpu", rounds)
-
-
-def model_rows(method: str, setting: models.Setting, prompts: Sequence[int]) -> Iterator[measure.Row]:
+def model_rows(method: str, rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
     """Yield the rows of one method against concatenation on timm's blocks and the bare backbone."""
+    model = "vit_small_patch16_224" if method == models.REPLACE else "vit_base_patch16_224"
+    if quick:
+        setting = models.Setting("test_vit", 48, 2, torch.float32, "cpu", 2, depth=2)
+    elif device == "cuda":
+        setting = models.Setting(model, 224, 128, torch.bfloat16, "cuda", rounds, ("cudnn",))
+    else:
+        setting = models.Setting(model, 224, 8, torch.float32, "cpu", rounds)
     base = models.backbone(setting)
-    for P in prompts:
+    for P in PLANS[method][:1] if quick else PLANS[method]:
         comparison = models.comparison(method, P, setting, base)
         found = list(models.rows(comparison))
         _require_correct(comparison.notes)
         yield from found
-
-
-def replace_rows(names: Sequence[str], rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
-    """Yield the rows of `replace_attention` alone against timm's own attention (SDPA); its goal is a ratio of 1."""
-    for name in names:
-        setting = setting_for(device, rounds, quick, name)
-        own = models.backbone(setting)
-        fast = copy.deepcopy(own)
-        fastprompt.replace_attention(fast, strict=True)
-        images, labels = models.draw(setting)
-        oracle = Oracle(own, {"x": images[:4]}, exact=copy.deepcopy(own).double(), backward=False)
-        try:
-            errors = {"replace_attention": oracle(fast), "timm": oracle(own)}
-        except WrongResult as error:
-            raise SystemExit(f"bench: replace_attention: logits: {error}; no time is reported") from error
-        competitors = {"replace_attention": models.Competitor(fast), "timm": models.Competitor(own)}
-        for mode in (models.TRAINING, models.INFERENCE):
-            steps = {n: models.step_of(c, mode, images, labels) for n, c in competitors.items()}
-            yield from measure.compare(
-                measure.interleaved(steps, setting.rounds, device, graphs=False),
-                ["replace_attention"],
-                errors,
-                {},
-                measure.machine(device),
-                suite=REPLACE,
-                mode=mode,
-                shape={"model": setting.model, "B": setting.batch},
-                dtype=str(setting.dtype).removeprefix("torch."),
-                rounds=setting.rounds,
-            )
 
 
 def operation_rows(rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
@@ -100,13 +66,9 @@ def _require_correct(notes: Sequence[str]) -> None:
 
 def measured(suite: str, rounds: int, quick: bool, device: str) -> Iterator[measure.Row]:
     """Yield the rows of one suite."""
-    if suite in PLANS:
-        prompts = (5,) if quick else PLANS[suite]
-        return model_rows(suite, setting_for(device, rounds, quick), prompts)
-    if suite == REPLACE:
-        names = ("test_vit",) if quick else ("vit_small_patch16_224",)
-        return replace_rows(names, rounds, quick, device)
-    return operation_rows(rounds, quick, device)
+    if suite == OPERATIONS:
+        return operation_rows(rounds, quick, device)
+    return model_rows(suite, rounds, quick, device)
 
 
 def kept_rows(path: Path, machine: dict[str, Any], suites: Sequence[str]) -> list[dict[str, Any]]:
@@ -129,19 +91,15 @@ def suite_of(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = RESULTS.parent.parent / measure.folder_name(device)
     parser.add_argument("--out", type=Path, default=default, help="folder for rows")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
-        "--suite", nargs="+", choices=SUITES, default=SUITES, help="measure these anew, keep the others' rows"
+        "--suite", nargs="+", choices=SUITES, default=SUITES, help="keep the rows of the others"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and two rounds: checks the code, not speed"
-    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model: checks the code, not speed")
     arguments = parser.parse_args()
     if arguments.quick:
         device = "cpu"

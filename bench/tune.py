@@ -13,16 +13,17 @@ GPU there is nothing to search: exit code 2.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
-import importlib.util
+import importlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -59,11 +60,10 @@ def architecture() -> int:
 
 def checks(calls: Sequence[Call]) -> Checks:
     """Return the exact results of each call, and the function to check against them."""
-    for case, _ in calls:
-        if NAME not in case.ours:
-            raise NotImplementedError(
-                f"`tune`: {case.suite} has no Triton kernel here; see fastprompt.backends()"
-            )
+    if missing := [case.suite for case, _ in calls if NAME not in case.ours]:
+        raise NotImplementedError(
+            f"`tune`: {missing[0]} has no Triton kernel here; see fastprompt.backends()"
+        )
     return [(case.oracle(mode), case.ours[NAME]) for case, mode in calls]
 
 
@@ -129,24 +129,21 @@ def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExe
     found: Found = []
     right = []
     for candidate, future in zip(candidates, futures, strict=True):
-        if future in late:
-            future.cancel()
-            found.append((candidate, None, "the time ended before it was checked"))
-        elif (reason := future.result()) is not None:
-            found.append((candidate, None, reason))
-        else:
+        reason = "the time ended before it was checked" if future in late else future.result()
+        if reason is None:
             right.append(candidate)
+        else:
+            future.cancel()
+            found.append((candidate, None, reason))
     times = measured(config_of(operation).TABLE, key, right, call_of(operation, key, TIMED))
     return [*found, *((candidate, times[i], "measured") for i, candidate in enumerate(right))]
 
 
 def fastest(found: Found, before: Any) -> Any:
     """Return the fastest candidate, or `before` if nothing is faster by more than the margin."""
-    times = {str(candidate): ms for candidate, ms, _ in found if ms is not None}
-    best = min((c for c, ms, _ in found if ms is not None), key=lambda c: times[str(c)], default=before)
-    if str(before) in times and times.get(str(best), 0.0) > MARGIN * times[str(before)]:
-        return before
-    return best
+    times = {candidate: ms for candidate, ms, _ in found if ms is not None}
+    best = min(times, key=times.__getitem__, default=before)
+    return before if before in times and times[best] > MARGIN * times[before] else best
 
 
 def rewrite(path: Path, table: Table) -> None:
@@ -156,17 +153,11 @@ def rewrite(path: Path, table: Table) -> None:
         ValueError: the file assigns no `TABLE`, or means something else afterwards.
     """
     text = path.read_text(encoding="utf-8")
-    value = _value_of_table(path, text)
-    lines = text.splitlines(keepends=True)
-    first, last = value.lineno - 1, (value.end_lineno or value.lineno) - 1
-    head = "".join(lines[:first]) + lines[first][: value.col_offset]
-    tail = lines[last][value.end_col_offset :] + "".join(lines[last + 1 :])
     entries = "".join(f"    {key!r}: {config!r},\n" for key, config in table.items())
-    written = f"{head}{{\n{entries}}}{tail}"
     draft = path.with_name(f"draft_{path.name}")
-    draft.write_text(written, encoding="utf-8")
+    draft.write_text(text.replace(_value_of_table(path, text), f"{{\n{entries}}}", 1), encoding="utf-8")
     try:
-        if {k: str(v) for k, v in loaded(draft).TABLE.items()} != {k: str(v) for k, v in table.items()}:
+        if entries_in(draft) != {str(key): str(config) for key, config in table.items()}:
             raise ValueError(
                 f"`rewrite`: {path} would hold another table than the one given; it is as it was"
             )
@@ -177,26 +168,17 @@ def rewrite(path: Path, table: Table) -> None:
         subprocess.run(["ruff", "format", "--quiet", str(path)], check=False)
 
 
-def loaded(path: Path) -> ModuleType:
-    """Return the module in the file at `path`, under a name of its own."""
-    name = f"_tune_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"`loaded`: {path} is no Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
+def entries_in(path: Path) -> dict[str, str]:
+    """Run the file at `path` and return its `TABLE` as text."""
+    table = runpy.run_path(str(path), run_name="_tune")["TABLE"]
+    return {str(key): str(config) for key, config in table.items()}
 
 
-def _value_of_table(path: Path, text: str) -> ast.expr:
+def _value_of_table(path: Path, text: str) -> str:
     for node in ast.parse(text).body:
         names = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(n, ast.Name) and n.id == "TABLE" for n in names):
-            return node.value  # type: ignore[attr-defined]
+            return ast.get_source_segment(text, node.value) or ""  # type: ignore[attr-defined]
     raise ValueError(f"`rewrite`: {path} assigns no TABLE")
 
 
@@ -224,34 +206,22 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
             tried = [before, *(c for c in module.candidates(key) if c != before)]
             try:
                 found = search(operation, key, tried, pool, end)
-            except (
-                Exception
-            ) as error:  # after an error of the device nothing works any more; what was found is kept
+            except Exception as error:  # of the device: nothing works any more, but what was found is kept
                 print(f"{key}: {type(error).__name__}: {ops.first_line(error)}; the search ends here")
                 break
             chosen[key] = fastest(found, before)
-            _print(key, before, chosen[key], found)
+            for candidate, ms, what in found:
+                print(f"  {key} {candidate}: {what if ms is None else f'{1e3 * ms:.1f} us'}")
+            print(f"{key}: {chosen[key]}, was {before}", flush=True)
             if chosen[key] != before:
                 save(chosen)
         pool.shutdown(wait=False, cancel_futures=True)
     return chosen
 
 
-def _print(key: Key, before: Any, chosen: Any, found: Found) -> None:
-    times = {str(c): ms for c, ms, _ in found if ms is not None}
-    for candidate, ms, what in found:
-        print(f"  {key} {candidate}: {what if ms is None else f'{1e3 * ms:.1f} us'}")
-    now, was = (1e3 * times.get(str(c), float("nan")) for c in (chosen, before))
-    print(f"{key}: {chosen} {now:.1f} us, was {before} {was:.1f} us", flush=True)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="one of --list"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("operation", nargs="?", choices=cases.NAMES, metavar="OPERATION", help="see --list")
     parser.add_argument("--list", action="store_true", help="print the operations that can be tuned")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", default="", help="keys that hold this text, such as 'bwd'")

@@ -30,6 +30,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run on one thread: small models are far slower on two busy ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Let `torch.empty` hand out NaN: an element that a kernel forgets to write shows."""

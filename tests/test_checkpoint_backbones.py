@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 import timm_families
 import torch
-from official_states import State, backbone_state, golden, jax_names, output, prefixed, scramble, separate
+from official_states import (
+    State,
+    backbone_state,
+    golden,
+    jax_names,
+    masked,
+    output,
+    prefixed,
+    scramble,
+    separate,
+)
 from test_checkpoint import refused, same_output
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import fastprompt
@@ -77,34 +86,15 @@ def test_whole_model_of_da_vpt_computes_with_the_separate_maps() -> None:
     same_output(model, case)
 
 
-def mae_cub200(
-    mask_prompts: bool, pool: Any = "all", fc_norm: bool = False
-) -> tuple[Any, State, Tensor, Tensor]:
-    """DA-VPT's recipe for CUB-200 on MAE: a model for it, the official state, images and the official logits."""
-    tensors = golden_files.load("davpt_mask_all").tensors
-    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
-    base = VisionTransformer(**sizes, global_pool="avg", fc_norm=fc_norm).double()
-    config = fastprompt.DAVPTConfig(
-        7, 3, (1, 2), prompt_norm="l2", tune="prompts+biases", pool=pool, mask_prompts=mask_prompts
-    )
-    state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
-    return (
-        fastprompt.get_prompt_model(base, config).eval(),
-        state,
-        tensors["input"].double(),
-        tensors["logits"],
-    )
-
-
 def test_whole_model_of_da_vpt_on_mae_needs_its_mask_and_its_norm() -> None:
-    model, state, images, logits = mae_cub200(mask_prompts=True)
+    model, state, images, logits = masked()
     load_official_state_dict(model, state)
     assert_same(model(images), logits)
-    model, *_ = mae_cub200(mask_prompts=False)
+    model, *_ = masked(mask_prompts=False)
     load_official_state_dict(model, state)
     with torch.no_grad():
         assert (model(images) - logits).norm() > 0.05 * logits.norm(), "a state cannot tell"
-    line = refused(mae_cub200(mask_prompts=True, fc_norm=True)[0], state)[1]
+    line = refused(masked(fc_norm=True)[0], state)[1]
     assert "build the timm model with global_pool='avg', fc_norm=False" in line
 
 

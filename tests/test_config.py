@@ -10,31 +10,45 @@ import pytest
 
 from fastprompt import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
 
-BAD: dict[str, dict[str, Any]] = {
-    "negative prompts": {"num_prompts": -1},
-    "huge number of prompts": {"num_prompts": 2**40},
-    "fractional prompts": {"num_prompts": 2.5},
-    "boolean prompts": {"num_prompts": True},
-    "no blocks": {"num_prompts": 2, "blocks": 0},
-    "blocks of shallow": {"num_prompts": 2, "deep": False, "blocks": 2},
-    "shared shallow": {"num_prompts": 2, "deep": False, "shared_across_blocks": True},
-    "deep is not a number": {"num_prompts": 2, "deep": 1},
-    "unknown pool": {"num_prompts": 2, "pool": "max"},
-    "prompt pool without prompts": {"num_prompts": 0, "pool": "prompt"},
-    "dropout of one": {"num_prompts": 2, "dropout": 1.0},
-    "negative dropout": {"num_prompts": 2, "dropout": -0.1},
-    "not a number": {"num_prompts": 2, "dropout": float("nan")},
-    "textual dropout": {"num_prompts": 2, "dropout": "0.1"},
-    "no width": {"num_prompts": 2, "project": 0},
+BAD: dict[str, tuple[type[PromptConfig], dict[str, Any]]] = {
+    "negative prompts": (VPTConfig, {"num_prompts": -1}),
+    "huge number of prompts": (VPTConfig, {"num_prompts": 2**40}),
+    "fractional prompts": (VPTConfig, {"num_prompts": 2.5}),
+    "boolean prompts": (VPTConfig, {"num_prompts": True}),
+    "no blocks": (VPTConfig, {"blocks": 0}),
+    "blocks of shallow": (VPTConfig, {"deep": False, "blocks": 2}),
+    "shared shallow": (VPTConfig, {"deep": False, "shared_across_blocks": True}),
+    "deep is not a number": (VPTConfig, {"deep": 1}),
+    "unknown pool": (VPTConfig, {"pool": "max"}),
+    "prompt pool without prompts": (VPTConfig, {"num_prompts": 0, "pool": "prompt"}),
+    "dropout of one": (VPTConfig, {"dropout": 1.0}),
+    "negative dropout": (VPTConfig, {"dropout": -0.1}),
+    "not a number": (VPTConfig, {"dropout": float("nan")}),
+    "textual dropout": (VPTConfig, {"dropout": "0.1"}),
+    "no width": (VPTConfig, {"project": 0}),
+    "GateVPT without prompts": (GateVPTConfig, {"num_prompts": 0}),
+    "infinite gate": (GateVPTConfig, {"gate_init": float("inf")}),
+    "no temperature": (GateVPTConfig, {"temperature": 0.0}),
+    "empty range": (GateVPTConfig, {"temperature_range": (1.0, 0.5)}),
+    "negative gates": (GateVPTConfig, {"num_gates": -1}),
+    "unknown place": (CVPTConfig, {"insert": 6}),
+    "negative prompts of CVPT": (CVPTConfig, {"num_prompts": -2}),
+    "prompts that CVPT does not carry": (CVPTConfig, {"pool": "all"}),
+    "empty range of blocks": (DAVPTConfig, {"guided_blocks": (3, 1)}),
+    "no proxies": (DAVPTConfig, {"num_proxy_prompts": 0}),
+    "unknown criterion": (DAVPTConfig, {"criterion": "arcface"}),
+    "negative weight": (DAVPTConfig, {"patch_weight": -1.0}),
 }
 
 
-@pytest.mark.parametrize("fields", BAD.values(), ids=BAD.keys())
-def test_bad_values_are_refused_by_name(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="VPTConfig") as error:
-        VPTConfig(**fields)
-    named = [name for name in fields if f"`{name}`" in str(error.value) or f"{name}=" in str(error.value)]
-    assert named, str(error.value)
+@pytest.mark.parametrize(("config", "fields"), BAD.values(), ids=BAD.keys())
+def test_bad_values_are_refused_by_name(config: type[PromptConfig], fields: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"num_prompts": 2}
+    if config is DAVPTConfig:
+        good |= {"num_proxy_prompts": 2, "guided_blocks": (0, 1)}
+    config(**good)
+    with pytest.raises(ValueError, match=f"{config.__name__}: `?({'|'.join(fields)})(`|=)"):
+        config(**{**good, **fields})
 
 
 def test_json_round_trip_keeps_every_field() -> None:

@@ -25,7 +25,7 @@ def plain(depth: int = 3, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_maps_are_the_patches_of_the_concatenating_model(name: str) -> None:
-    model = prompted(small("vit-registers", depth=3), name)
+    model = prompted("vit-registers", CONFIGS[name], depth=3)
     encoder = as_encoder(model, [0, 2])
     maps = encoder(images())
     states = trace(model, images()).tokens
@@ -40,7 +40,7 @@ def test_maps_are_the_patches_of_the_concatenating_model(name: str) -> None:
 
 @pytest.mark.parametrize("family", ["eva02-fused-glu", "rope-mixed", "deit-distilled", "vit-avg-fc-norm"])
 def test_other_families_give_maps_too(family: str) -> None:
-    model = prompted(small(family), "vpt-deep")
+    model = prompted(family, CONFIGS["vpt-deep"])
     (found,) = as_encoder(model, 1)(images())
     state = trace(model, images()).tokens[-1][:, model.base.num_prefix_tokens :]
     assert_same(found.flatten(2).mT, state)

@@ -1,6 +1,7 @@
 """timm's own model tests (its tests/test_models.py) on models whose attention is replaced.
 
-timm checks shapes and finite numbers; here the numbers must be those of the same model before the replacement.
+timm checks shapes and finite numbers; here the numbers must be those of the same model before the replacement. Its
+tests of the plain forward and backward are in test_replace.py, for every family.
 """
 
 from __future__ import annotations
@@ -70,21 +71,6 @@ def saved_and_loaded(scripted: Any) -> Any:
     torch.jit.save(scripted, file)
     file.seek(0)
     return torch.jit.load(file)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_model_forward(name: str) -> None:
-    theirs, ours = pair(name)
-    x = images()
-    assert_same(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_model_backward(name: str) -> None:
-    theirs, ours = (model.train() for model in pair(name))
-    found = gradients(ours, ours)
-    assert set(found) == {"output", "input", *dict(ours.named_parameters())}
-    assert_same(found, gradients(theirs, theirs))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,15 +19,8 @@ from torch import Tensor, nn
 from bench.correctness import assert_same
 from fastprompt import vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROPED = [name for name in PRESENT if not name.startswith(("vit", "deit", "naflex"))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -77,54 +69,6 @@ def test_queries_keys_and_values_are_what_timms_kernel_is_given(name: str, seen:
     assert_same(adapter.queries(attn, x[:, :2]), seen["q"][:, :2])
     assert_same(adapter.finish(attn, seen["out"], x), out)
     assert_same(adapter.finish(attn, seen["out"][:, :1], x[:, :1]), out[:, :1])
-
-
-@pytest.mark.parametrize("name", ROPED)
-def test_rotary_position_is_timms(name: str, seen: dict[str, Tensor]) -> None:
-    attn = attention_of(name)
-    adapter = vit.ATTENTION[type(attn)]
-    x = tokens(attn)
-    rope = rope_for(attn, 9)
-    attn(x, rope=rope)
-    for actual, expected in zip(adapter.qkv(attn, x, rope), (seen["q"], seen["k"], seen["v"]), strict=True):
-        assert_same(actual, expected)
-    k, v = adapter.keys_values(attn, x, rope)
-    assert_same(k, seen["k"])
-    assert_same(v, seen["v"])
-    prefix = attn.num_prefix_tokens
-    assert_same(adapter.queries(attn, x[:, :prefix]), seen["q"][:, :prefix])
-
-
-@pytest.mark.parametrize("name", ROPED)
-def test_carried_prompts_get_no_rotary_position(name: str) -> None:
-    attn = attention_of(name)
-    adapter = vit.ATTENTION[type(attn)]
-    x, rope = tokens(attn), rope_for(attn, 9)
-    prefix = attn.num_prefix_tokens
-    prompts = tokens(attn, N=3)
-    longer = torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
-    for joined, plain, alone in zip(
-        adapter.qkv(attn, longer, rope, extra_prefix=3),
-        adapter.qkv(attn, x, rope),
-        adapter.qkv(attn, prompts),
-        strict=True,
-    ):
-        assert_same(joined, torch.cat([plain[:, :prefix], alone, plain[:, prefix:]], dim=1))
-    k, v = adapter.keys_values(attn, longer, rope, extra_prefix=3)
-    assert_same(k, adapter.qkv(attn, longer, rope, extra_prefix=3)[1])
-    assert_same(v, adapter.qkv(attn, longer, rope, extra_prefix=3)[2])
-
-
-@pytest.mark.parametrize("name", PRESENT)
-def test_keys_and_values_of_prompts_without_a_batch(name: str) -> None:
-    attn = attention_of(name)
-    adapter = vit.ATTENTION[type(attn)]
-    rows = tokens(attn, N=4, batch=1)
-    k, v = adapter.keys_values(attn, rows[0])
-    batched = adapter.keys_values(attn, rows)
-    assert k.shape == (4, attn.num_heads, attn.head_dim)
-    assert_same(k, batched[0][0])
-    assert_same(v, batched[1][0])
 
 
 @pytest.mark.parametrize("name", PRESENT)
@@ -256,13 +200,6 @@ def test_mean_does_not_commute_with_a_norm_after_the_mlp() -> None:
 
 
 # --- reasons
-
-
-def test_supported_blocks_have_no_reason_against_them() -> None:
-    for name in PRESENT:
-        for block in small(name).blocks:
-            assert vit.block_reason(block) is None
-            assert vit.prompt_reason(block) is None
 
 
 def test_reasons_name_the_class() -> None:

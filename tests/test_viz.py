@@ -55,7 +55,7 @@ def plotted(numbers: Any) -> Tensor:
 class TestAttention:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_weights_are_those_of_eager_concatenation(self, name: str) -> None:
-        model = prompted(small("vit-registers", depth=3), name)
+        model = prompted("vit-registers", CONFIGS[name], depth=3)
         expected = trace(model, images()).weights
         for block in range(3):
             weights = viz.attention_to_prompts(model, images(), block)
@@ -66,13 +66,13 @@ class TestAttention:
     @pytest.mark.parametrize("family", PROMPTABLE)
     @pytest.mark.parametrize("name", ["vpt-deep", "vpt-shallow"])
     def test_every_family(self, family: str, name: str) -> None:
-        model = prompted(small(family), name)
+        model = prompted(family, CONFIGS[name])
         for block, expected in enumerate(trace(model, images()).weights):
             assert_same(viz.attention_to_prompts(model, images(), block), expected)
 
     def test_cross_attention_sums_to_one_and_shared_attention_to_less(self) -> None:
-        cross = viz.attention_to_prompts(prompted(small("vit"), "cvpt-3"), images(), 0).sum(-1)
-        shared = viz.attention_to_prompts(prompted(small("vit"), "vpt-deep"), images(), 0).sum(-1)
+        cross = viz.attention_to_prompts(prompted("vit", CONFIGS["cvpt-3"]), images(), 0).sum(-1)
+        shared = viz.attention_to_prompts(prompted("vit", CONFIGS["vpt-deep"]), images(), 0).sum(-1)
         assert_same(cross, torch.ones_like(cross))
         assert (shared < 1).all()
 
@@ -169,7 +169,7 @@ class TestNumbers:
         assert_same(across[0, 0], (own.abs().sum() - own.trace()) / 12)
 
     def test_similarities_are_of_prompts_as_they_enter_the_model(self) -> None:
-        model = prompted(small("vit"), "vpt-project")
+        model = prompted("vit", CONFIGS["vpt-project"])
         mapped = F.normalize(model.prompt_project(model.prompts[1]), dim=-1)
         assert_same(viz.prompt_similarity(model, 1), (mapped @ mapped.mT).detach())
 
@@ -241,7 +241,7 @@ class TestNumbers:
 
     def test_tokens_are_those_that_enter_the_block(self) -> None:
         for name in ("vpt-deep", "vpt-shallow"):
-            model = prompted(small("vit", depth=3), name)
+            model = prompted("vit", CONFIGS[name], depth=3)
             prompts, tokens, labels = viz.prompts_and_tokens(model, loader(8), 2)
             x = torch.cat([batch for batch, _ in loader(8)])
             assert_same(tokens, trace(model, x).tokens[1][:, 0])
@@ -253,7 +253,7 @@ class TestNumbers:
                 assert not torch.isclose(prompts, model.prompts[0]).any(), "two blocks have changed them"
 
     def test_models_without_a_class_token_give_the_mean_of_their_patches(self) -> None:
-        model = prompted(small("vit-avg-fc-norm"), "vpt-deep")
+        model = prompted("vit-avg-fc-norm", CONFIGS["vpt-deep"])
         tokens = viz.prompts_and_tokens(model, loader(8), 1).tokens
         x = torch.cat([batch for batch, _ in loader(8)])
         assert_same(tokens, trace(model, x).tokens[0].mean(1))
@@ -340,7 +340,7 @@ class TestFigures:
         assert len(viz.plot_gates(vit(GateVPTConfig(2, temperature=False))).axes) == 1
 
     def test_attention_maps_lie_over_the_image_in_its_own_layout(self) -> None:
-        model, x = prompted(small("vit-registers"), "vpt-deep"), images()
+        model, x = prompted("vit-registers", CONFIGS["vpt-deep"]), images()
         weights = viz.attention_to_prompts(model, x, 1)[0, :, 5:].mean(0)  # [patches, prompts]
         picture, again, first, below, second = drawn(viz.plot_attention(model, x, block=1, prompt=[2, 0]))[:5]
         grey = x[0].permute(1, 2, 0).float()
@@ -350,7 +350,7 @@ class TestFigures:
         assert_same([first, second], [weights[:, j].unflatten(0, (4, 4)) for j in (2, 0)])
 
     def test_attention_of_one_head_and_one_prompt(self) -> None:
-        model = prompted(small("vit"), "cvpt-3")
+        model = prompted("vit", CONFIGS["cvpt-3"])
         weights = viz.attention_to_prompts(model, images(1), -1)
         *_, found = drawn(viz.plot_attention(model, images(1), prompt=1, head=2))
         assert_same(found.flatten(), weights[0, 2, 1:, 1])

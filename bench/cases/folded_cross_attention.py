@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import (
-    DTYPES,
-    Case,
-    Compilation,
-    Inputs,
-    Operation,
-    Size,
-    compiled,
-    meta,
-    ours,
-)
+from bench.ops import DTYPES, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
 from fastprompt.kernels.triton import folded_cross_attention_config as config
@@ -141,9 +131,8 @@ def entries() -> Iterator[Compilation]:
     for dtype in (LOW, torch.float16, WIDE):
         for H, P in _served(SHAPES, dtype):
             yield from _launches(H, P, dtype)
-            if (
-                dtype == LOW
-            ):  # what needs the most registers: the norm, with float32 rows as autocast has them
+            # What needs the most registers: the norm, with float32 rows as autocast has them.
+            if dtype == LOW:
                 yield from _launches(H, P, LOW, WIDE, norms=(True,), backward=False)
 
 
@@ -186,11 +175,7 @@ def _launches(
     from fastprompt.kernels.triton import folded_cross_attention as kernels
 
     name = f"H={H} P={P} D={D} {str(dtype).removeprefix('torch.')}{', float32 rows' if rows else ''}"
-    x, key, value = (
-        meta(64, 197, D, dtype=rows or dtype),
-        meta(H, P, D, dtype=dtype),
-        meta(H, P, D, dtype=dtype),
-    )
+    x, (key, value) = meta(64, 197, D, dtype=rows or dtype), meta(2, H, P, D, dtype=dtype)
     bias, vector = meta(H, P, dtype=dtype), meta(D, dtype=dtype)
     for norm in norms:
         affine = (vector, vector, EPS) if norm else NO_NORM

@@ -231,24 +231,10 @@ def reach(key: config.Key, images: int, widest: bool) -> Case:
 # Offline compilation -------------------------------------------------------------------------------------------------
 
 # (queries, keys without prompts, head_dim). Every entry of the table, with as much left over by whole tiles as may be.
-FORWARD_ENTRIES = (
-    (1, 181, 64),
-    (181, 181, 64),
-    (629, 629, 64),
-    (1, 181, 128),
-    (181, 181, 128),
-    (629, 629, 128),
-)
+FORWARD_ENTRIES = [(*at, d) for d, at in product((64, 128), ((1, 181), (181, 181), (629, 629)))]
 BACKWARD_ENTRIES = ((181, 181, 64), (629, 629, 64), (629, 629, 128))
 # Shapes that make other code of them: little left over, other pieces of keys, head_dim in two pieces.
-FORWARD_VARIANTS = (
-    (197, 197, 64),
-    (50, 50, 64),
-    (237, 237, 64),
-    (197, 197, 40),
-    (197, 197, 80),
-    (577, 577, 88),
-)
+FORWARD_VARIANTS = [(N, N, d) for N, d in ((197, 64), (50, 64), (237, 64), (197, 40), (197, 80), (577, 88))]
 BACKWARD_VARIANTS = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
@@ -278,10 +264,8 @@ def _launches(
         for queries, keys, d in shapes:
             name = f"{str(dtype).removeprefix('torch.')} {queries}x{keys}+{P} d{d}"
             q, k, v = meta(B, keys, 3, H, d, dtype=dtype).unbind(2)
-            q, out = (
-                (q if queries == keys else meta(B, 1, H, d, dtype=dtype)),
-                meta(B, queries, H, d, dtype=dtype),
-            )
+            out = meta(B, queries, H, d, dtype=dtype)
+            q = q if queries == keys else out
             prompts, temperature = meta(2, P, H, d, dtype=dtype), meta(1)
             inputs = q, k, v, *prompts, temperature, None
             if kind == "fwd":

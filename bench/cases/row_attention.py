@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.ops import (
-    DTYPES,
-    Case,
-    Compilation,
-    Inputs,
-    Operation,
-    Size,
-    compiled,
-    meta,
-    ours,
-)
+from bench.ops import DTYPES, Case, Compilation, Inputs, Operation, Size, compiled, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
 from fastprompt.kernels.triton import row_attention_config as config

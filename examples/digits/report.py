@@ -64,19 +64,8 @@ def as_dict(results: Results) -> dict[str, Any]:
     protocol = results.protocol
     return {
         "meaningful": protocol.meaningful,
-        "protocol": {
-            "seen_classes": list(protocol.seen_classes),
-            "new_classes": list(protocol.new_classes),
-            "labelled_images": protocol.labelled,
-            "held_out_images": len(results.prepared.test),
-            "draws": protocol.seeds,
-            "epochs": protocol.epochs,
-            "batch_size": protocol.batch_size,
-            "timing_batch": protocol.timing_batch,
-            "timing_rounds": protocol.timing_rounds,
-        },
+        "protocol": {**asdict(protocol), "held_out_images": len(results.prepared.test)},
         "backbone": {
-            **asdict(protocol.backbone),
             "parameters": backbone_parameters(results),
             "accuracy": results.prepared.backbone_accuracy,
             "losses": results.prepared.backbone_losses,
@@ -88,19 +77,10 @@ def as_dict(results: Results) -> dict[str, Any]:
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
-    comparison = row.comparison
-    return {
-        "name": row.name,
-        "settings": row.settings,
-        "trained_parameters": row.trained_parameters,
-        "accuracy_mean": row.mean,
-        "accuracy_std": row.std,
-        "accuracies": row.accuracies,
-        "losses": row.losses,
-        "seconds": row.seconds,
-        "step_ms": row.step_ms,
-        "comparison": None if comparison is None else {**asdict(comparison), "ratio": comparison.ratio},
-    }
+    found = {**asdict(row), "accuracy_mean": row.mean, "accuracy_std": row.std}
+    if row.comparison is not None:
+        found["comparison"]["ratio"] = row.comparison.ratio
+    return found
 
 
 def save(results: Results, out: Path) -> list[Path]:

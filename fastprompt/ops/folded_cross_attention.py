@@ -225,14 +225,16 @@ def _backward(
 ) -> tuple[Any, ...]:
     if grad_y is None and grad_normed is None:
         return (None,) * 11
+    # Read only once: under gradient checkpointing a second access fails.
+    saved = ctx.saved_tensors
     grad = grad_y
     if grad_normed is not None:
         grad, _d_prompt, _d_gate = torch.ops.fastprompt.gated_blend_backward(
-            grad_y, grad_normed, *ctx.saved_tensors[4:], None, None, 0, 0, [True, False, False], ctx.backend
+            grad_y, grad_normed, *saved[4:], None, None, 0, 0, [True, False, False], ctx.backend
         )
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     found = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *ctx.saved_tensors[:4], ctx.residual, needs, ctx.backend
+        grad, *saved[:4], ctx.residual, needs, ctx.backend
     )
     wanted = [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
     return (*wanted, *(None,) * 6)

@@ -239,7 +239,7 @@ def _forward_eager(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> t
         scores = torch.cat([scores, torch.matmul(query, prompt_rows.mT)], dim=-1)
     scores = scores.to(wide)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_().to(query.dtype)
+    weights = scores.softmax(-1).to(query.dtype)  # exp(scores - lse) has the rounding of large scores
     context = torch.matmul(weights[..., :N], rows)
     if prompt_rows is not None:
         context += torch.matmul(weights[..., N:], prompt_rows)

@@ -24,17 +24,14 @@ def test_a_rewritten_table_is_the_given_one_and_the_rest_of_the_file_stays(
 ) -> None:
     path = tmp_path / f"{operation}_config.py"
     shutil.copy(tune.FOLDER / path.name, path)
-    before, text = tune.loaded(path).TABLE, path.read_text()
-    table = dict(before)
-    first, last = next(iter(table)), list(table)[-1]
-    table[first] = table[last]
+    before, text = tune.config_of(operation).TABLE, path.read_text()
+    first, last = next(iter(before)), list(before)[-1]
+    table = {**before, first: before[last]}
     tune.rewrite(path, table)
-    after = tune.loaded(path).TABLE
-    assert {k: str(v) for k, v in after.items()} == {k: str(v) for k, v in table.items()}
-    start = text.index("TABLE: ")
-    assert path.read_text()[:start] == text[:start]
-    tune.rewrite(path, dict(before))
-    assert {k: str(v) for k, v in tune.loaded(path).TABLE.items()} == {k: str(v) for k, v in before.items()}
+    assert tune.entries_in(path) == {str(k): str(v) for k, v in table.items()}
+    assert path.read_text().partition("TABLE: ")[0] == text.partition("TABLE: ")[0]
+    tune.rewrite(path, before)
+    assert tune.entries_in(path) == {str(k): str(v) for k, v in before.items()}
 
 
 def test_a_file_without_a_table_is_left_alone(tmp_path: Path) -> None:

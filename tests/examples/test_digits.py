@@ -27,6 +27,8 @@ from examples.digits.timing import compare, step_times
 from fastprompt import VPTConfig
 from fastprompt.training import split_per_class
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Protocol.quick()
 

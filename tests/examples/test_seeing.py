@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from examples import seeing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -10,6 +10,8 @@ import torch
 from examples import segmentation
 from examples.segmentation import Scenes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_losses_fall(capsys: pytest.CaptureFixture[str]) -> None:
     found = segmentation.run(steps=12, seed=0)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from timm_families import CLASSES, PROMPTABLE, images, small
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt
 from bench.correctness import assert_same
@@ -65,11 +64,6 @@ def test_trains_on_the_family_or_says_why_not(method: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_plain_models_take_every_method(method: str) -> None:
-    assert isinstance(fastprompt.get_prompt_model(small("vit"), METHODS[method]), fastprompt.PromptModel)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_configuration_survives_json(method: str) -> None:
     config = METHODS[method]
     assert PromptConfig.from_json(config.to_json()) == config
@@ -79,6 +73,7 @@ def test_configuration_survives_json(method: str) -> None:
 def test_state_dict_restores_the_method(method: str) -> None:
     model = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
     other = fastprompt.get_prompt_model(small("vit", seed=3), METHODS[method]).eval()
+    assert not torch.allclose(other(images()), model(images()))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(images()), model(images()))
 
@@ -105,38 +100,9 @@ def test_compiles_as_one_graph(method: str) -> None:
     assert_same(gradients(model, compiled), gradients(model, model))
 
 
-BAD = [
-    (GateVPTConfig, {"num_prompts": 0}, "num_prompts"),
-    (GateVPTConfig, {"num_prompts": 2, "gate_init": float("inf")}, "gate_init"),
-    (GateVPTConfig, {"num_prompts": 2, "temperature": 0.0}, "temperature"),
-    (GateVPTConfig, {"num_prompts": 2, "temperature_range": (1.0, 0.5)}, "temperature_range"),
-    (GateVPTConfig, {"num_prompts": 2, "num_gates": -1}, "num_gates"),
-    (CVPTConfig, {"num_prompts": 2, "insert": 6}, "insert"),
-    (CVPTConfig, {"num_prompts": -2}, "num_prompts"),
-    (CVPTConfig, {"num_prompts": 2, "pool": "all"}, "pool"),
-    (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (3, 1)}, "guided_blocks"),
-    (DAVPTConfig, {"num_prompts": 2, "num_proxy_prompts": 0, "guided_blocks": (0, 1)}, "num_proxy_prompts"),
-    (
-        DAVPTConfig,
-        {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (0, 1), "criterion": "arcface"},
-        "criterion",
-    ),
-    (
-        DAVPTConfig,
-        {"num_prompts": 2, "num_proxy_prompts": 2, "guided_blocks": (0, 1), "patch_weight": -1.0},
-        "patch_weight",
-    ),
-]
-
-
-@pytest.mark.parametrize(("config", "fields", "named"), BAD, ids=[f"{c.__name__}-{n}" for c, _, n in BAD])
-def test_bad_values_are_refused_by_name(config: type, fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{config.__name__}: `{named}`"):
-        config(**fields)
-
-
 def test_values_that_do_not_fit_the_model_are_refused_unchanged() -> None:
     for config, message in (
+        (VPTConfig(3, blocks=3), "`blocks` must be <= 2, the model's depth; got 3"),
         (GateVPTConfig(2, num_gates=3), "`num_gates` must be <= 2"),
         (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must be in 0\.\.1"),
     ):
@@ -164,12 +130,3 @@ def test_cvpt_dropout_draws_a_mask_for_each_image_and_takes_the_direct_form() ->
     assert not torch.equal(state[0].prompts.key[0], state[0].prompts.key[1])
     model.eval()
     assert model.prepare(4, model._head_input())[0].prompts.key.ndim == 3
-
-
-@pytest.mark.parametrize("method", ["vpt", "gate-vpt", "cvpt"])
-def test_shapes_and_operations_can_be_had_on_the_meta_device(method: str) -> None:
-    model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.float64)).sum().backward()
-    assert counter.get_total_flops() > 0
-    assert model.prompts[0].grad.shape == model.prompts[0].shape

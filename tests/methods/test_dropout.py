@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_models import FAMILIES, LABELS, METHODS, changed, outputs_and_gradients, prompted
+from prompted_models import FAMILIES, LABELS, METHODS, changed, outputs_and_gradients, prompted
 from timm_families import images
 
 from bench.correctness import assert_same
@@ -27,7 +27,7 @@ BATCH = len(LABELS)
 @pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_dropout_of_each_image_equals_the_papers_form(case: str, shortcuts: bool) -> None:
-    model = prompted("vit", CASES[case], shortcuts=shortcuts, depth=3)
+    model = prompted("vit", CASES[case], shortcuts=shortcuts, depth=3).train()
     torch.manual_seed(3)
     mine = outputs_and_gradients(model, images(BATCH))
     torch.manual_seed(3)
@@ -38,7 +38,7 @@ def test_dropout_of_each_image_equals_the_papers_form(case: str, shortcuts: bool
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_dropped_keys_and_values_are_right_on_other_families(family: str) -> None:
-    model = prompted(family, CASES["vpt-deep"])
+    model = prompted(family, CASES["vpt-deep"]).train()
     torch.manual_seed(3)
     mine = outputs_and_gradients(model, images(BATCH), None)
     torch.manual_seed(3)
@@ -47,7 +47,8 @@ def test_dropped_keys_and_values_are_right_on_other_families(family: str) -> Non
 
 @pytest.mark.parametrize("case", CASES)
 def test_images_of_one_batch_draw_different_masks_in_training_alone(case: str) -> None:
-    model, x = prompted("vit", CASES[case], depth=3), images(1).expand(BATCH, -1, -1, -1)
+    model = prompted("vit", CASES[case], depth=3).train()
+    x = images(1).expand(BATCH, -1, -1, -1)
     with torch.no_grad():
         logits = model(x)
         assert len({tuple(row.tolist()) for row in logits}) == BATCH

@@ -7,10 +7,9 @@ from typing import Any
 
 import golden_files
 import pytest
-import test_cvpt_golden
-import test_gate_vpt_golden
+import test_golden
 import torch
-from method_models import FAMILIES, METHODS, outputs_and_gradients, prompted
+from prompted_models import FAMILIES, METHODS, outputs_and_gradients, prompted
 from timm_families import images, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,18 +60,11 @@ def counts(model: Any, operation: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", test_gate_vpt_golden.CASES)
-def test_gate_vpt_equals_the_official_code(fused: None, name: str, checkpointing: bool) -> None:
-    case = golden_files.load(name)
-    model = test_gate_vpt_golden.prompt_model(case).train()
+@pytest.mark.parametrize("name", [*golden_files.names("gatevpt_"), "cvpt_insert3"])
+def test_fused_norms_equal_the_official_code(fused: None, name: str, checkpointing: bool) -> None:
+    model, *wanted = test_golden.tuned(name)
     model.base.set_grad_checkpointing(checkpointing)
-    test_gate_vpt_golden.check(model, case)
-
-
-def test_cvpt_equals_the_official_code(fused: None) -> None:
-    case = golden_files.load("cvpt_insert3")
-    model = test_cvpt_golden.prompt_model(case).train()
-    test_cvpt_golden.check(model, case)
+    test_golden.check(model, *wanted)
 
 
 @pytest.mark.parametrize(("method", "family"), SUPPORTED)

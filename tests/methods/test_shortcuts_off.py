@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_models import FAMILIES, LABELS, METHODS, P, changed, outputs_and_gradients, prompted
+from prompted_models import FAMILIES, LABELS, METHODS, P, changed, outputs_and_gradients, prompted
 from timm_families import CLASSES, images, small
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ B = len(LABELS)
 
 def assert_both_ways_agree(model: Any) -> None:
     x = images(B)
-    on = outputs_and_gradients(model, x)
+    on = outputs_and_gradients(model.train(), x)
     model.shortcuts = False
     assert_same(outputs_and_gradients(model, x), on)
     model.eval()
@@ -67,7 +67,7 @@ def test_intermediate_features_are_the_same(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_drop_path_drops_the_same_branches(method: str) -> None:
     config = changed(METHODS[method], backbone_train_mode=True)
-    model = prompted("vit", config, depth=4, drop_path_rate=0.5)
+    model = prompted("vit", config, depth=4, drop_path_rate=0.5).train()
     torch.manual_seed(0)
     on = outputs_and_gradients(model, images(B))
     model.shortcuts = False

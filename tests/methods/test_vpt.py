@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from method_models import FAMILIES, outputs_and_gradients
+from prompted_models import FAMILIES, outputs_and_gradients, prompted
 from timm.layers import DropPath
-from timm_families import CLASSES, DEPTH, PRESENT, PROMPTABLE, images, randomise, small, vit
+from timm_families import CLASSES, DEPTH, PRESENT, PROMPTABLE, images, small
 from torch import Tensor, nn
 
 import fastprompt
@@ -19,15 +19,6 @@ from fastprompt import VPTConfig, backbone, blocks
 from fastprompt.config import Pool
 
 PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 2}}
-
-
-def prompted(base: nn.Module, config: VPTConfig) -> Any:
-    """A PromptModel with prompts large enough to matter."""
-    model = fastprompt.get_prompt_model(base, config)
-    with torch.no_grad():
-        for p in model.prompts:
-            p.normal_()
-    return model.eval()
 
 
 def pools_of(base: nn.Module) -> list[str]:
@@ -47,14 +38,14 @@ def assert_right(model: Any) -> None:
 @pytest.mark.parametrize("place", ["deep", "shallow"])
 @pytest.mark.parametrize("family", PROMPTABLE)
 def test_numbers_equal_concatenation_on_every_family(family: str, place: str) -> None:
-    assert_right(prompted(small(family), VPTConfig(3, **PLACES[place])))
+    assert_right(prompted(family, VPTConfig(3, **PLACES[place])))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", [*FAMILIES, "eva-no-rope"])
 def test_numbers_equal_concatenation_for_every_pool(family: str, place: str) -> None:
     for pool in pools_of(small(family)):
-        assert_right(prompted(small(family, depth=3), VPTConfig(3, pool=pool, **PLACES[place])))
+        assert_right(prompted(family, VPTConfig(3, pool=pool, **PLACES[place]), depth=3))
 
 
 @pytest.mark.parametrize("family", PROMPTABLE)
@@ -66,13 +57,13 @@ def test_no_prompts_leave_the_backbone_as_it_is(family: str) -> None:
 
 
 def test_shared_prompts_collect_the_gradients_of_all_blocks() -> None:
-    model = prompted(small("vit"), VPTConfig(3, shared_across_blocks=True))
+    model = prompted("vit", VPTConfig(3, shared_across_blocks=True))
     assert len(model.prompts) == 1
     assert_right(model)
 
 
 def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
-    model = prompted(small("vit"), VPTConfig(3, project=10))
+    model = prompted("vit", VPTConfig(3, project=10))
     assert [tuple(p.shape) for p in model.prompts] == [(3, 10)] * DEPTH
     assert_right(model)
 
@@ -80,7 +71,7 @@ def test_projected_prompts_equal_concatenation_of_their_projections() -> None:
 @pytest.mark.parametrize("family", ["vit", "deit-distilled", "rope-dinov3", "vit-avg-fc-norm"])
 @pytest.mark.parametrize("place", PLACES)
 def test_intermediates_are_the_concatenating_models_without_prompts(family: str, place: str) -> None:
-    model = prompted(small(family), VPTConfig(3, **PLACES[place]))
+    model = prompted(family, VPTConfig(3, **PLACES[place]))
     x, prefix = images(), model.base.num_prefix_tokens
     expected = trace(model, x).tokens
     final, rows = model.forward_intermediates(x, output_fmt="NLC")
@@ -98,37 +89,30 @@ def test_intermediates_are_the_concatenating_models_without_prompts(family: str,
 
 
 def test_intermediates_have_timms_shapes_and_order() -> None:
-    base = small("vit-registers")
-    x = images()
-    expected = base.forward_intermediates(x, indices=2)  # type: ignore[operator]
-    model = prompted(base, VPTConfig(0))
-    assert_same(model.forward_intermediates(x, indices=2), expected)
+    model, x = prompted("vit-registers", VPTConfig(0)), images()
+    assert_same(model.forward_intermediates(x, indices=2), model.base.forward_intermediates(x, indices=2))
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     for place in PLACES.values():
-        model = prompted(small("vit"), VPTConfig(3, **place))
+        model = prompted("vit", VPTConfig(3, **place))
         plain = outputs_and_gradients(model, images(), None)
         model.base.set_grad_checkpointing(True)
         assert_same(outputs_and_gradients(model, images(), None), plain)
 
 
 def test_drop_path_of_frozen_blocks_is_active_only_on_request() -> None:
-    def build() -> nn.Module:
-        return randomise(vit(drop_path_rate=0.5, depth=4)).to(torch.float64)
-
-    still = prompted(build(), VPTConfig(3)).train()
+    options = {"depth": 4, "drop_path_rate": 0.5}
+    still = prompted("vit", VPTConfig(3), **options).train()
     assert not any(m.training for m in still.base.modules() if isinstance(m, DropPath))
     assert_same(still(images()), still(images()))
-    moving = prompted(build(), VPTConfig(3, backbone_train_mode=True)).train()
-    assert any(m.training for m in moving.base.modules() if isinstance(m, DropPath))
+    moving = prompted("vit", VPTConfig(3, backbone_train_mode=True), **options).train()
     torch.manual_seed(0)
     mine = moving(images(8))
-    oracle = paper_model(moving).train()
+    paper = paper_model(moving).train()
     torch.manual_seed(0)
-    assert_same(
-        mine, oracle(images(8))
-    )  # the same images drop the same branches, in the last block's one row too
+    assert_same(mine, paper(images(8)))  # each image drops the same branches, in the last block's one row too
+    assert not torch.allclose(moving(images(8)), mine)
 
 
 # What the shortcuts leave out -----------------------------------------------------------------------------------
@@ -151,14 +135,14 @@ def linear_rows(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_deep_prompts_are_projected_once_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = linear_rows(prompted(small("vit"), VPTConfig(5)), images(7), monkeypatch)
+    shapes = linear_rows(prompted("vit", VPTConfig(5)), images(7), monkeypatch)
     assert all(s[-2] in (17, 5, 1) for s in shapes if len(s) == 3 or s[0] == 5), shapes
     assert sum(s == (5, 48) for s in shapes) == DEPTH - 1  # the last block's are folded away
     assert not any(s[-2] == 22 for s in shapes if len(s) == 3)
 
 
 def test_last_block_of_a_class_token_model_runs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = linear_rows(prompted(small("vit"), VPTConfig(5)), images(7), monkeypatch)
+    shapes = linear_rows(prompted("vit", VPTConfig(5)), images(7), monkeypatch)
     full = [s for s in shapes if s[:2] == (7, 17)]
     one = [s for s in shapes if s[:2] == (7, 1)]
     assert len(full) == 4 * (DEPTH - 1)  # qkv, proj, fc1, fc2
@@ -166,12 +150,12 @@ def test_last_block_of_a_class_token_model_runs_one_row(monkeypatch: pytest.Monk
 
 
 def test_q_and_k_norm_keep_the_keys_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = linear_rows(prompted(small("vit-qk-norm"), VPTConfig(5)), images(7), monkeypatch)
+    shapes = linear_rows(prompted("vit-qk-norm", VPTConfig(5)), images(7), monkeypatch)
     assert len([s for s in shapes if s[:2] == (7, 17)]) == 4 * (DEPTH - 1) + 1
 
 
 def test_mean_then_norm_runs_fc2_of_the_last_block_on_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = prompted(small("vit-avg-fc-norm"), VPTConfig(5))
+    model = prompted("vit-avg-fc-norm", VPTConfig(5))
     shapes = linear_rows(model, images(7), monkeypatch)
     hidden = [s for s in shapes if s[-1] == 4 * 48]
     assert hidden == [(7, 16, 192)] * (DEPTH - 1) + [(7, 1, 192)]
@@ -179,7 +163,7 @@ def test_mean_then_norm_runs_fc2_of_the_last_block_on_one_row(monkeypatch: pytes
 
 def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
     """Nothing before block 0 trains."""
-    model = prompted(small("vit"), VPTConfig(3))
+    model = prompted("vit", VPTConfig(3))
     x, ropes = backbone.embed(model.base, images())
     state = model.prepare(2, model._head_input())
     asked: list[list[bool]] = []
@@ -197,7 +181,7 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
 
 
 def test_frozen_weights_get_no_gradient() -> None:
-    model = prompted(small("vit"), VPTConfig(3)).train()
+    model = prompted("vit", VPTConfig(3)).train()
     model(images()).sum().backward()
     heads = {id(p) for p in model.base.head.parameters()}
     for p in model.base.parameters():
@@ -207,7 +191,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 def test_nan_prompts_reach_the_logits() -> None:
     for config in (VPTConfig(3), VPTConfig(3, deep=False)):
-        model = prompted(small("vit"), config)
+        model = prompted("vit", config)
         with torch.no_grad():
             model.prompts[-1][0, 0] = float("nan")
         assert model(images()).isnan().all()
@@ -216,7 +200,7 @@ def test_nan_prompts_reach_the_logits() -> None:
 def test_empty_batch_gives_empty_logits() -> None:
     for family in ("vit", "vit-avg-fc-norm", "rope-mixed"):
         for config in (VPTConfig(3), VPTConfig(3, deep=False)):
-            assert prompted(small(family), config)(images(2)[:0]).shape == (0, CLASSES)
+            assert prompted(family, config)(images(2)[:0]).shape == (0, CLASSES)
 
 
 def test_every_family_of_the_table_was_tried() -> None:

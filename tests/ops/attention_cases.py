@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,10 @@ def draw(
     return inputs
 
 
+def softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1)
+
+
 def concatenated(
     q: Tensor,
     k: Tensor,
@@ -140,6 +145,7 @@ def concatenated(
     scale: float | None = None,
     temperature: Tensor | None = None,
     prompt_index: Tensor | None = None,
+    softmax: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
     """Plain PyTorch in the inputs' dtype: join keys and prompt keys, matmul, softmax, matmul."""
     if prompt_k is not None and prompt_v is not None:
@@ -155,7 +161,15 @@ def concatenated(
     )
     if temperature is not None:
         logits = logits / temperature  # in float32, as PyTorch promotes
-    return torch.matmul(logits.softmax(-1).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
+    return torch.matmul(softmax(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
+
+
+def softmax_from_lse(scores: Tensor) -> Tensor:
+    """A softmax with the roundings of large scores.
+
+    A backward that keeps the log-sum-exp and makes the scores again, as in flash attention, has them.
+    """
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def by_loops(

@@ -37,7 +37,7 @@ def as_encoder(model: PromptModel, indices: int | Sequence[int], *, norm: bool =
 
 
 class PromptEncoder(nn.Module):
-    """Images [B, C, H, W] -> a list of maps [B, D, h, w]; made by :func:`as_encoder`.
+    """Images [B, C, H, W] -> a list of maps [B, D, h, w]; created by :func:`as_encoder`.
 
     Attributes:
         model: the `PromptModel`.

@@ -46,7 +46,7 @@ def _timm_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 
 @register_notrace_module
 class FastAttention(Attention):
-    """timm's `Attention` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `Attention` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = Attention
     timm_forward = _timm_forward(Attention)
@@ -59,7 +59,7 @@ class FastAttention(Attention):
 
 @register_notrace_module
 class FastAttentionRope(AttentionRope):
-    """timm's `AttentionRope` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `AttentionRope` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = AttentionRope
     timm_forward = _timm_forward(AttentionRope)
@@ -74,7 +74,7 @@ class FastAttentionRope(AttentionRope):
 
 @register_notrace_module
 class FastEvaAttention(EvaAttention):
-    """timm's `EvaAttention` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `EvaAttention` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = EvaAttention
     timm_forward = _timm_forward(EvaAttention)

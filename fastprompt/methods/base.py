@@ -31,7 +31,7 @@ class PromptOutput(NamedTuple):
 
 
 class PromptModel(nn.Module, ABC):
-    """A timm model with prompts; made by :func:`fastprompt.get_prompt_model`.
+    """A timm model with prompts; created by :func:`fastprompt.get_prompt_model`.
 
     A method is a subclass: :meth:`check` checks that it supports the timm model, :meth:`add_prompts` registers its
     parameters, :meth:`prepare` computes, once per batch, the prompt tensors that the blocks need, and :meth:`run` runs
@@ -185,7 +185,7 @@ class PromptModel(nn.Module, ABC):
             intermediates_only: leave out the final features.
 
         Returns:
-            (final tokens [B, N, D], list of features), or the list alone.
+            (final tokens [B, N, D], list of features), or only the list.
         """
         caller = "forward_intermediates"
         if output_fmt not in ("NCHW", "NLC"):
@@ -254,7 +254,7 @@ class PromptModel(nn.Module, ABC):
 
 
 class FoldedPromptModel(nn.Module):
-    """A `PromptModel` for inference: prompts are constants; made by :meth:`PromptModel.fold`."""
+    """A `PromptModel` for inference: prompts are constants; created by :meth:`PromptModel.fold`."""
 
     base: Backbone
 

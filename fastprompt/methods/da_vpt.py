@@ -41,7 +41,7 @@ class DAVPTModel(VPTModel):
     """
 
     config_class: ClassVar[type[PromptConfig]] = DAVPTConfig
-    config: DAVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
+    config: DAVPTConfig  # type: ignore[assignment]  # `VPTModel` uses VPTConfig only in methods replaced here
 
     prompt_norm: nn.LayerNorm | None
     class_to_prompt: Tensor
@@ -102,7 +102,7 @@ class DAVPTModel(VPTModel):
 
     @property
     def proxies(self) -> int:
-        """Number of prompts that stand for classes."""
+        """Number of prompts that are proxies of classes."""
         return len(self.class_centroids)
 
     def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:

@@ -25,7 +25,7 @@ class GateVPTModel(VPTModel):
     """
 
     config_class: ClassVar[type[PromptConfig]] = GateVPTConfig
-    config: GateVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
+    config: GateVPTConfig  # type: ignore[assignment]  # `VPTModel` uses VPTConfig only in methods replaced here
 
     gate_logits: nn.Parameter
     temperature: Tensor | None

@@ -49,7 +49,7 @@ def prompt_attention(
 
     Args:
         q: [B, Nq, H, d]; Nq may differ from N (for example one class-token row).
-        k, v: [B, N, H, d]; N may be 0, for attention over prompts alone.
+        k, v: [B, N, H, d]; N may be 0, for attention to prompts only.
         prompt_k, prompt_v: [P, H, d] shared by the batch, [B, P, H, d] one set per image, or, with `prompt_index`, a
             table [T, P, H, d]. P may be 0.
         scale: factor on q·k; default d**-0.5.

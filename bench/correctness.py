@@ -196,9 +196,10 @@ class _Yardstick:
                 raise WrongResult(f"{name}: dtype {x.dtype}, not {self.plain[name].dtype}")
         if all(x.dtype == torch.float64 for x, _ in pairs.values()):
             assert_same(got, self.exact)
+            return 0.0
         worst = 0.0
         for name, (x, want) in pairs.items():
-            if x.dtype == torch.float64 or x.numel() == 0:
+            if x.numel() == 0:
                 continue
             error, size, usual = _norm(x.double() - want), _norm(want), self.usual[name]
             finfo = torch.finfo(x.dtype)

@@ -186,6 +186,15 @@ def test_a_sum_that_cancels_to_nothing_may_have_the_roundings_of_its_terms() -> 
         oracle.check({**got, "gradient of q": 100 * rounding})
 
 
+def test_a_float64_result_of_float32_inputs_is_checked_too() -> None:
+    inputs = {"x": torch.randn(50), "gate": torch.tensor(0.3, dtype=torch.float64)}
+    oracle = Oracle(lambda x, gate: x * gate.float(), inputs)
+    got = oracle.evaluate(lambda x, gate: (x.double() * gate).float())
+    oracle.check(got)
+    with pytest.raises(WrongResult, match="gradient of gate"):
+        oracle.check({**got, "gradient of gate": got["gradient of gate"] + 0.01})
+
+
 def test_a_check_draws_no_random_numbers_and_repeats() -> None:
     inputs = {name: torch.randn(3, 5, 16) for name in "qkv"}
     before = torch.get_rng_state()

@@ -19,6 +19,7 @@ from attention_cases import Shape, draw
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.correctness import Oracle, assert_same, evaluate
 from fastprompt import use_backend
@@ -26,6 +27,7 @@ from fastprompt.ops import (
     AttentionWeights,
     FoldedPrompts,
     Norm,
+    dispatch,
     folded_cross_attention,
     folded_row_attention,
     gated_blend,
@@ -162,7 +164,7 @@ FORMS = {
 }
 # What trains decides which gradients a graph has and what it keeps for them: all inputs of each form, and these.
 PARTS = {
-    "attention, shared prompts": ["prompt_k prompt_v"],
+    "attention, shared prompts": ["prompt_k", "prompt_k prompt_v"],
     "attention, per image": ["prompt_k prompt_v"],
     ATTENTION: ["prompt_k prompt_v"],
     BLEND: ["x delta prompt_in"],
@@ -170,8 +172,8 @@ PARTS = {
     CROSS: ["", "x", "key bias value"],
     "cross-attention without norm": ["x", "key bias value"],
     "cross-attention alone": ["x", "key bias value"],
-    ROW: ["query", "prompt_rows"],
-    "rows, per image": ["rows", "rows prompt_rows"],
+    ROW: ["query", "prompt_rows", "query prompt_rows"],
+    "rows, per image": ["rows", "query rows", "rows prompt_rows"],
 }
 CASES = {name: (form, None) for name, form in FORMS.items()} | {
     f"{form}: {names or 'nothing'} trains": (FORMS[form], names)
@@ -201,17 +203,22 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@by_case
-def test_opcheck(form: Form, names: str | None) -> None:
+def calls_of(form: Form, names: str | None, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators that a forward and its backward call, with what they get."""
     inputs = form.draw()
     for name in floats(inputs) if names is None else names.split():
         inputs[name].requires_grad_()  # type: ignore[union-attr]
-    with Calls() as calls:
+    with use_backend(backend), Calls() as calls:
         out = form.function(**inputs)
         if out.requires_grad:
             out.square().sum().backward()
     assert len(calls.found) >= 1 + out.requires_grad
-    for operator, arguments in calls.found:
+    return calls.found
+
+
+@by_case
+def test_opcheck(form: Form, names: str | None) -> None:
+    for operator, arguments in calls_of(form, names, "auto"):
         forward = not operator._schema.name.endswith("_backward")
         leaves = tree_map_only(
             Tensor,
@@ -219,6 +226,19 @@ def test_opcheck(form: Form, names: str | None) -> None:
             arguments,
         )
         torch.library.opcheck(operator, leaves)
+
+
+@by_case
+def test_counted_operations_are_those_that_eager_executes(form: Form, names: str | None) -> None:
+    for operator, (*arguments, _) in calls_of(form, names, "eager"):
+        _, kernel = dispatch.select(operator._opname, "eager", *arguments)
+        counts = []
+        for function in (partial(operator, *arguments, "eager"), partial(kernel.run, *arguments)):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                function()
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1]
+        assert (counts[0] > 0) == (not operator._opname.startswith(BLEND))
 
 
 # Gradients of gradients ----------------------------------------------------------------------------------------------

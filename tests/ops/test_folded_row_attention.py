@@ -23,7 +23,6 @@ from fastprompt.ops import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPERATION = "folded_row_attention"
 OP = torch.ops.fastprompt.folded_row_attention
-BACKWARD = torch.ops.fastprompt.folded_row_attention_backward
 
 
 class Shape(NamedTuple):
@@ -193,7 +192,7 @@ def test_image_rows_are_not_kept_when_prompt_rows_alone_train() -> None:
     assert kept == 4 * (2 * B * M * D + B * N * D + P * D + B * M)
 
 
-# The operator -------------------------------------------------------------------------------------------------------
+# Autocast, and what it refuses --------------------------------------------------------------------------------------
 
 
 def test_autocast_runs_it_in_bfloat16_and_leaves_float64_alone() -> None:

@@ -16,6 +16,7 @@ import test_folded_row_attention as row
 import test_gated_blend as blend
 import torch
 from attention_cases import Shape, draw
+from numerics import saved_bytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -368,13 +369,14 @@ def test_vmap_over_any_dimension_and_over_prompts_with_their_temperatures() -> N
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_runs_are_equal_to_the_last_bit_and_leave_their_inputs_alone(
+def test_runs_are_equal_to_the_last_bit_leave_inputs_alone_and_keep_nothing_untrained(
     operation: str, backend: str, device: str
 ) -> None:
     form = WHOLE[operation]
     inputs = {name: x if x is None else x.to(device) for name, x in form.draw(4, 20).items()}
     inputs = {n: x.float() if x is not None and x.is_floating_point() else x for n, x in inputs.items()}
     before = {name: None if x is None else x.clone() for name, x in inputs.items()}
+    assert saved_bytes(lambda: form.function(**inputs)) == 0
     cotangent = torch.randn_like(form.function(**inputs))
     first, second = (evaluate(form.function, inputs, cotangent, floats(inputs)) for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())

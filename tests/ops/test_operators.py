@@ -237,14 +237,14 @@ def test_opcheck(form: Form, names: str | None) -> None:
 @by_case
 def test_counted_operations_are_those_that_eager_executes(form: Form, names: str | None) -> None:
     for operator, (*arguments, _) in calls_of(form, names, "eager"):
-        if operator._opname in (ATTENTION, PACKED):
-            continue  # runs PyTorch's attention, which its older versions do not count
         _, kernel = dispatch.select(operator._opname, "eager", *arguments)
         counts = []
         for function in (partial(operator, *arguments, "eager"), partial(kernel.run, *arguments)):
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 function()
             counts.append(counter.get_total_flops())
+        if operator._opname.startswith((ATTENTION, PACKED)) and counts[1] == 0:
+            continue  # PyTorch's own attention, which its older versions do not count
         assert counts[0] == counts[1]
         assert (counts[0] > 0) == (not operator._opname.startswith(BLEND))
 

@@ -30,8 +30,8 @@ help:
 	@echo "make test-all     all tests"
 	@echo "make test-oldest  all tests, with the oldest supported torch and timm"
 	@echo "make lint         ruff, mypy"
-	@echo "make bench        correctness gate, then timings on this machine"
-	@echo "make clean        remove builds and caches; the environments stay, fastprompt is installed anew in them"
+	@echo "make bench        check correctness, then time everything on this machine"
+	@echo "make clean        remove builds and caches; keep the environments and reinstall fastprompt on next use"
 
 demo: $(VENV)/.fastprompt-installed
 	$(VENV)/bin/python -m examples.digits

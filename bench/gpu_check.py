@@ -125,7 +125,9 @@ def run_stage(parts: Sequence[Part], work: Path, seconds_left: float) -> Iterato
         own = ["--seconds", f"{max(limit - part.grace, limit / 2):.0f}"] if part.writes else []
         with (work / f"{part.name}.log").open("wb") as log:
             options: Any = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": work, "env": environment(work)}
-            process = subprocess.Popen([*part.command, *own], start_new_session=True, **options)
+            process = subprocess.Popen(
+                [*part.command, *own], start_new_session=True, preexec_fn=_heed_interrupts, **options
+            )
         running.append((part, process, started + limit))
     try:
         for part, process, end in running:
@@ -139,6 +141,11 @@ def run_stage(parts: Sequence[Part], work: Path, seconds_left: float) -> Iterato
         for _, process, _ in running:
             if process.poll() is None:
                 _stop(process)
+
+
+def _heed_interrupts() -> None:
+    """Let a part hear the SIGINT of :func:`_stop`, which a program run in a shell's background ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _outcome(part: Part, code: int | None, seconds: float, work: Path) -> Outcome:

@@ -1,7 +1,7 @@
 """Fast, exact visual prompt tuning of timm Vision Transformers.
 
-Names and submodules are imported on first use, so that `fastprompt --help` does not wait for torch and timm. A program
-that uses the operators `torch.ops.fastprompt` and nothing else of fastprompt imports `fastprompt.ops`.
+Names and submodules are imported on first use, so that `fastprompt --help` does not import torch and timm. Programs
+that use only the operators in `torch.ops.fastprompt` must import `fastprompt.ops`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Read a timm model around its blocks: how images become tokens, and what its head reads of the last block."""
+"""timm models outside their blocks: from images to tokens, and from the last block to the head."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def pool_reason(model: Backbone, pool: Pool) -> str | None:
     if isinstance(model, VisionTransformerDistilled):
         return "the distilled head reads the class and the distillation token, not a mean"
     if model.attn_pool is not None:
-        return "the head pools by attention over the backbone's tokens"
+        return "the head pools by attention"
     if not model.global_pool:
         return "the head reads every token (global_pool='')"
     return None
@@ -85,13 +85,13 @@ def has_rope(model: Backbone) -> bool:
 
 
 def head_modules(model: Backbone) -> list[nn.Module]:
-    """Return the modules that train with a new task: the classifier (two for a distilled model)."""
+    """Return the modules that are trained for a new task: the classifier (two for a distilled model)."""
     head = model.get_classifier()
     return list(head) if isinstance(head, tuple) else [head]
 
 
 def check_images(model: Backbone, images: Tensor, caller: str) -> None:
-    """Raise TypeError or ValueError in the name of `caller` unless the model takes `images`."""
+    """Raise TypeError or ValueError, naming `caller`, unless the model takes `images`."""
     if not isinstance(images, Tensor):
         raise TypeError(f"`{caller}`: `images` must be a tensor [B, C, h, w]; got {type(images).__name__}")
     shape = tuple(images.shape)
@@ -103,7 +103,7 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
     if not images.is_floating_point():
         raise TypeError(
             f"`{caller}`: `images` must be floating point; got {images.dtype}; "
-            "convert and normalise them as the model was trained (`images.float() / 255`, then mean and std)"
+            "convert and normalise them as in the model's training (`images.float() / 255`, then mean and std)"
         )
     embed = model.patch_embed
     proj = embed.proj if isinstance(embed, PatchEmbed) else None
@@ -145,9 +145,9 @@ def check_images(model: Backbone, images: Tensor, caller: str) -> None:
 
 
 def check_labels(model: Backbone, images: Tensor, labels: Tensor, caller: str) -> None:
-    """Raise TypeError or ValueError in the name of `caller` unless `labels` [B] are classes of `images`.
+    """Raise TypeError or ValueError, naming `caller`, unless `labels` [B] are classes of `images`.
 
-    Their range is checked on the CPU alone; elsewhere that would wait for the device.
+    Their range is checked on CPUs only; on a GPU the check would synchronize.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"`{caller}`: `labels` must be a tensor [B]; got {type(labels).__name__}")
@@ -171,13 +171,13 @@ def check_labels(model: Backbone, images: Tensor, labels: Tensor, caller: str) -
         low, high = (int(x) for x in labels.aminmax())
         if low < 0 or high >= head.out_features:
             raise ValueError(
-                f"`{caller}`: `labels` must lie in 0..{head.out_features - 1}, the model's classes; "
+                f"`{caller}`: `labels` must be in 0..{head.out_features - 1}, the model's classes; "
                 f"got {low if low < 0 else high}; build the timm model with num_classes=..."
             )
 
 
 def embed(model: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """images [B, C, h, w] -> tokens [B, N, D] as they enter block 0, and each block's rotary embedding or None."""
+    """images [B, C, h, w] -> tokens [B, N, D], the input of block 0, and each block's rotary embedding or None."""
     depth = len(model.blocks)
     x = model.patch_embed(images)
     if not isinstance(model, Eva):
@@ -190,7 +190,7 @@ def embed(model: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor | None]]
 
 
 def head_input(model: Backbone, pool: Pool, carried: int) -> HeadInput:
-    """Return what the head reads of the last block, in whose rows `carried` prompts follow the prefix tokens."""
+    """Return the rows of the last block that the head reads; `carried` prompts follow the prefix tokens."""
     normed_after = isinstance(model.norm, nn.Identity)  # else the norm before the mean needs every row
     if pool != "backbone":
         return HeadInput(spans=_pool_spans(model, pool, carried)) if normed_after else HeadInput()
@@ -210,10 +210,10 @@ def head_input(model: Backbone, pool: Pool, carried: int) -> HeadInput:
 def apply_head(
     model: Backbone, x: Tensor, reads: HeadInput, pool: Pool, carried: int
 ) -> tuple[Tensor, Tensor]:
-    """Run final norm, pooling and classifier on what the last block computed for `reads`.
+    """Run final norm, pooling and classifier on x, the output of the last block for `reads`.
 
     Returns:
-        The features [B, D] that the classifier reads, and the logits [B, classes].
+        The input of the classifier [B, D], and the logits [B, classes].
     """
     if reads.spans is not None:
         features = pooled_features(model, x)
@@ -228,7 +228,7 @@ def apply_head(
 
 
 def pooled_features(model: Backbone, pooled: Tensor) -> Tensor:
-    """Pooled rows [B, D] -> the features [B, D] that the classifier reads."""
+    """Pooled rows [B, D] -> the input of the classifier [B, D]."""
     return model.head_drop(model.fc_norm(pooled))
 
 
@@ -238,7 +238,7 @@ def mean_of(model: Backbone, x: Tensor, pool: Pool, carried: int) -> Tensor:
 
 
 def strip(model: Backbone, x: Tensor, carried: int) -> Tensor:
-    """Rows [B, N + carried, D] without the prompts that follow the prefix tokens."""
+    """Remove the prompts after the prefix tokens from rows [B, N + carried, D]."""
     return x if carried == 0 else select(x, _without(model, carried))
 
 

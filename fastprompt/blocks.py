@@ -1,6 +1,6 @@
-"""Run one block with prompts: in full, for the mean of some rows, or for its first rows alone.
+"""Run one block with prompts: in full, for the mean of some rows, or for its first rows only.
 
-All are exact (docs/shortcuts.md). Prompts enter a block in one of two ways: as keys and values alone
+All are exact (docs/shortcuts.md). Prompts enter a block in one of two ways: only as keys and values
 (:class:`BlockPrompts`), or carried, as rows of the sequence between the prefix tokens and the patches.
 """
 
@@ -36,10 +36,10 @@ _R = TypeVar("_R")
 
 
 class BlockPrompts(NamedTuple):
-    """What the attention of one block reads of its prompts, prepared once for the whole batch.
+    """The prompts of one block as its attention uses them, prepared once for the whole batch.
 
-    `key` and `value`, [P, H, d] or [B, P, H, d], are the projected prompts. A block that folds its key and value maps
-    away (:func:`folds`) reads `rows` [P, D] or [B, P, D] instead, the prompts after norm1.
+    `key` and `value`, [P, H, d] or [B, P, H, d], are the projected prompts. A block that absorbs its key and value maps
+    (:func:`folds`) uses `rows` [P, D] or [B, P, D] instead, the prompts after norm1.
     """
 
     rows: Tensor | None
@@ -48,19 +48,19 @@ class BlockPrompts(NamedTuple):
 
 
 class Cross(NamedTuple):
-    """CVPT's cross-attention of one block: where it stands (`insert`, 1 to 5), and its prompts in one of two forms."""
+    """CVPT's cross-attention of one block: its position `insert`, 1 to 5, and its prompts in one of two forms."""
 
     insert: int
     prompts: FoldedPrompts | ProjectedPrompts
 
 
 class Context(NamedTuple):
-    """What a block reads besides tokens and its own prompts.
+    """The other inputs of a block, besides tokens and its own prompts.
 
     Attributes:
         rope: the block's rotary embedding, or None.
         prefix, carried: `carried` prompt rows follow the first `prefix` rows of the sequence.
-        masked: carried prompts attend to patches alone (DA-VPT's mask).
+        masked: carried prompts attend to patches only (DA-VPT's mask).
         temperature, gate: GateVPT's one-element tensors, or None.
         following: the next block, whose norm1 a gated block may compute, or None.
         cross: CVPT's cross-attention, or None.
@@ -79,7 +79,7 @@ class Context(NamedTuple):
 
 
 def prepare_prompts(block: TimmBlock, prompts: Tensor, *, folded: bool) -> BlockPrompts:
-    """Prompts [P, D] or [B, P, D] -> what the attention of `block` reads of them, in :func:`run_rows` if `folded`."""
+    """Prepare prompts [P, D] or [B, P, D] for the attention of `block`; for :func:`run_rows` if `folded`."""
     block_adapter, attention = vit.adapters(block)
     rows = block_adapter.attention_input(block, prompts)
     if folded:
@@ -97,13 +97,13 @@ def run_block(
     """Run all rows through the block.
 
     Args:
-        x: [B, N, D], N counting carried prompts.
-        spans: return the mean over these rows of the output. `fc2` and layer scale are linear and act on the mean
-            then, one row instead of N.
+        x: [B, N, D]; N includes carried prompts.
+        spans: return the mean over these rows of the output. `fc2` and layer scale are linear, so they then act on the
+            mean, one row instead of N.
 
     Returns:
-        The output [B, N, D] (or its mean [B, D]), and norm1 of it for `context.following`, if one kernel computes both
-        (else None).
+        The output [B, N, D] (or its mean [B, D]), and norm1 of it for `context.following` if one kernel computes both,
+        else None.
     """
     adapter, attention = vit.adapters(block)
     attn = attention_of(block)
@@ -133,9 +133,9 @@ def run_block(
 def run_rows(
     block: TimmBlock, x: Tensor, prompts: BlockPrompts | None, context: Context, count: int
 ) -> Tensor:
-    """Run the first `count` rows (prefix tokens: no gate touches them): x [B, N, D] -> [B, count, D].
+    """Run the first `count` rows (prefix tokens, which are not gated): x [B, N, D] -> [B, count, D].
 
-    Keys and values of the other rows are not computed either, unless q/k norm or rotary embedding acts on them.
+    Keys and values of the other rows are computed only if q/k norm or rotary embedding acts on them.
     """
     adapter, attention = vit.adapters(block)
     attn = attention_of(block)
@@ -175,13 +175,13 @@ def recomputed(model: nn.Module, run: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def folds(block: TimmBlock, rope: bool) -> bool:
-    """Return whether :func:`run_rows` folds the key and value maps of this block away; `rope`: whether it rotates."""
+    """Return whether :func:`run_rows` absorbs the key and value maps of this block; `rope`: whether it rotates."""
     attn = attention_of(block)
     return vit.attention_adapter(attn).can_absorb_kv(attn, rope) and not vit.drops_attention(attn)
 
 
 def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """Return the rows of x [B, N, D] that lie in `spans`, in order."""
+    """Return the rows of x [B, N, D] in `spans`, in order."""
     if len(spans) == 1:
         start, stop = spans[0]
         return x[:, start:stop]
@@ -189,7 +189,7 @@ def select(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
 
 
 def cross_attention(block: TimmBlock, x: Tensor, cross: Cross, *, residual: bool = False) -> Tensor:
-    """CVPT's cross-attention of x [B, N, D] to the block's prompts, by the weights of its self-attention.
+    """Return CVPT's cross-attention of x [B, N, D] to the block's prompts, with the weights of its self-attention.
 
     With `residual`, x is added.
     """
@@ -202,7 +202,7 @@ def cross_attention(block: TimmBlock, x: Tensor, cross: Cross, *, residual: bool
 
 
 def _attend_masked(attn: TimmAttention, h: Tensor, context: Context) -> Tensor:
-    """Self-attention in which the carried prompts attend to patches alone: h [B, N, D] -> [B, N, H, d]."""
+    """Self-attention in which the carried prompts attend to patches only: h [B, N, D] -> [B, N, H, d]."""
     start, stop = context.prefix, context.prefix + context.carried
     q, k, v = vit.attention_adapter(attn).qkv(attn, h, context.rope, context.carried)
     image = vit.attend(attn, select(q, ((0, start), (stop, None))), k, v, None, context.temperature)
@@ -215,7 +215,7 @@ def _keys_values(block: TimmBlock, prompts: BlockPrompts | None) -> tuple[Tensor
         return None
     if prompts.key is not None and prompts.value is not None:
         return prompts.key, prompts.value
-    # Prepared for `run_rows`, and now all rows are asked for.
+    # Prepared for `run_rows`, but all rows are needed.
     return (
         None
         if prompts.rows is None
@@ -258,7 +258,7 @@ def _add_attention(
 
 
 def _mlp_input(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
-    """Return what enters the MLP for x [B, N, D]; `normed` is norm2 of x if it has been computed, or None."""
+    """Return the input of the MLP for x [B, N, D]; `normed` is norm2 of x if it has been computed, or None."""
     if normed is not None:
         return normed
     h = vit.adapters(block)[0].mlp_input(block, x)
@@ -275,7 +275,7 @@ def _mlp(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -
 def _mlp_mean(
     block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context, spans: tuple[Span, ...]
 ) -> Tensor:
-    """The mean over `spans` of what :func:`_mlp` returns; only their rows run, and `fc2` after the mean."""
+    """Return the mean over `spans` of :func:`_mlp`; only these rows run, and `fc2` runs after the mean."""
     adapter, _ = vit.adapters(block)
     x, normed = select(x, spans), None if normed is None else select(normed, spans)
     if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
@@ -286,7 +286,7 @@ def _mlp_mean(
 
 
 def _cross(block: TimmBlock, x: Tensor, context: Context, insert: int) -> Tensor:
-    """Add the cross-attention to x [B, N, D] if it stands at this end of the block (1 or 5)."""
+    """Add the cross-attention to x [B, N, D] if its position is this end of the block (1 or 5)."""
     if context.cross is None or context.cross.insert != insert:
         return x
     return cross_attention(block, x, context.cross, residual=True)

@@ -1,4 +1,4 @@
-"""Configurations of the methods: frozen dataclasses, checked when created, to JSON and back."""
+"""Configurations of the methods: frozen dataclasses, checked when created, convertible to and from JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_ori
 
 Pool = Literal["backbone", "all", "image", "prompt"]
 
-# More prompts than any ViT has tokens is a mistake in a configuration, and 2**40 of them an out-of-memory kill.
+# More than any ViT has tokens; a mistyped 2**40 would run out of memory.
 MAX_PROMPTS = 65_536
 
 _registry: dict[str, type[PromptConfig]] = {}
@@ -22,10 +22,10 @@ class PromptConfig:
 
     Args:
         num_prompts: P, prompts of a block.
-        pool: what the head reads. "backbone": what the timm model reads, without prompts; "all": the mean of everything
+        pool: the input of the head. "backbone": as in the timm model, without prompts; "all": the mean of everything
             but the prefix tokens, prompts included (the official code's "original" for MAE); "image": the mean of the
             patches; "prompt": the mean of the prompts.
-        dropout: probability in [0, 1) of dropping prompt values in training; each image draws its own mask.
+        dropout: probability in [0, 1) of dropping prompt values in training; each image has its own mask.
         backbone_train_mode: True puts the frozen blocks into train mode with the model (drop-path active).
 
     Raises:
@@ -55,16 +55,16 @@ class PromptConfig:
         self._check_bool("backbone_train_mode")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and the method's name under "method"."""
+        """Return the fields, and the method's name under "method"."""
         return {"method": self.method, **asdict(self)}
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls: type[_C], data: dict[str, Any]) -> _C:
-        """Back from `to_dict`; called on `PromptConfig`, "method" chooses the class.
+        """Create a configuration from `to_dict`; on `PromptConfig`, "method" selects the class.
 
         Raises:
             ValueError: the method or a field is unknown, or a value is not valid.
@@ -86,7 +86,7 @@ class PromptConfig:
 
     @classmethod
     def from_json(cls: type[_C], text: str) -> _C:
-        """Back from `to_json`; raises ValueError for what is not such a JSON object."""
+        """Create a configuration from `to_json`; raise ValueError if `text` is not such a JSON object."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -132,10 +132,10 @@ class VPTConfig(PromptConfig):
     """Visual prompt tuning (Jia et al., ECCV 2022): prompts as tokens between the prefix tokens and the patches.
 
     Args:
-        num_prompts: P, prompts per prompted block; 0 leaves the backbone as it is.
+        num_prompts: P, prompts per prompted block; 0 for no prompts.
         deep: True, every block (or the first `blocks`) has its own prompts (VPT-Deep); False, one set enters block 0
-            and flows on as tokens (VPT-Shallow).
-        blocks: deep only: the first so many blocks have their own prompts, later ones carry the last on as tokens;
+            and passes through all blocks as tokens (VPT-Shallow).
+        blocks: deep only: the number of blocks with their own prompts; later blocks carry the last set on as tokens.
             None for all.
         shared_across_blocks: deep only: one set of prompts for all prompted blocks.
         project: width of the prompts before a trained linear map to the model's width; None for no map.
@@ -177,10 +177,10 @@ class GateVPTConfig(PromptConfig):
     Args:
         num_prompts: P >= 1.
         gate_init: the gates' logits start at -gate_init; the official examples use 5, the paper 1 to 20.
-        num_gates: the first so many blocks have a gate; None for all but the last.
+        num_gates: the number of blocks with a gate, from the first; None for all but the last.
         temperature: True, one trained temperature for each block, from 1; a number, that temperature for all blocks,
             fixed; False, none.
-        temperature_range: trained temperatures are clamped to it, in place, before every forward.
+        temperature_range: every forward first clamps trained temperatures to it, in place.
         pool, dropout, backbone_train_mode: see :class:`PromptConfig`. The official code keeps the blocks in eval mode.
 
     Raises:
@@ -214,9 +214,9 @@ class CVPTConfig(PromptConfig):
 
     Args:
         num_prompts: P >= 1, prompts of each block.
-        insert: where the cross-attention stands: 1 before self-attention, 2 beside it, 3 after it (the paper's choice),
-            4 in the MLP's input, 5 after the MLP. Drop-path acts on it in 2 and 4.
-        pool: "backbone" alone: CVPT's prompts are no rows that a head could read.
+        insert: the position of the cross-attention: 1 before self-attention, 2 beside it, 3 after it (the paper's
+            choice), 4 in the MLP's input, 5 after the MLP. Drop-path acts on it in 2 and 4.
+        pool: only "backbone": CVPT has no prompt rows to average.
         dropout: see :class:`PromptConfig`; the paper's recipe uses 0.1.
         backbone_train_mode: see :class:`PromptConfig`; True as in the official code.
 
@@ -235,7 +235,7 @@ class CVPTConfig(PromptConfig):
         self._check_int("insert", 1, 5)
         if self.pool != "backbone":
             raise ValueError(
-                f"CVPTConfig: `pool` must be 'backbone'; got {self.pool!r}; choose what the head reads by the timm "
+                f"CVPTConfig: `pool` must be 'backbone'; got {self.pool!r}; set the input of the head by the timm "
                 "model's `global_pool`"
             )
 
@@ -246,22 +246,22 @@ class DAVPTConfig(PromptConfig):
 
     Args:
         num_prompts: P, prompts of each block that is not guided.
-        num_proxy_prompts: P_g, prompts of each guided block, the proxies of the classes; at most as many as there are
-            classes are created.
+        num_proxy_prompts: P_g, prompts of each guided block, the proxies of the classes; limited to the number of
+            classes.
         guided_blocks: (first, last), the guided blocks, both included.
-        prompt_norm: what prompts pass through first: "none", "l2" or "layer" (a trained LayerNorm).
+        prompt_norm: norm applied to the prompts: "none", "l2" or "layer" (a trained LayerNorm).
         criterion: "proxy_anchor" or "proxy_nca".
-        class_feature: what of the class token is compared with the proxies at a guided block's input: "cls", the row
-            itself; "query" or "key", its projection after norm1.
-        proxy_for_class, proxy_for_patch: what of the proxies the class and the patch feature are compared with:
-            "prompt", the normed prompts; "query" or "key", their projections after norm1.
+        class_feature: the form of the class token that is compared with the proxies: "cls", the row of a guided
+            block's input; "query" or "key", its projection after norm1.
+        proxy_for_class, proxy_for_patch: the form of the proxies that the class and the patch feature are compared
+            with: "prompt", the normalized prompts; "query" or "key", their projections after norm1.
         patch_weight, class_weight: factors of the two losses.
         proxy_scale: factor on the similarities; 1 is the bare default of the official code, 5 that of its recipes.
         alpha, delta: sharpness and margin of the loss.
-        feature_norm: what the classes' mean features pass through before they are clustered: "layer", "l2" or "none".
-        tune: "prompts", or "prompts+biases" (DA-VPT+), which trains in place on the timm model: the class token, the
-            biases of k, v, proj (the patch embedding's too), fc2 and norm2, and norm1; not q's bias.
-        mask_prompts: True, the official code's `mask`: prompts attend to patches alone, neither to prefix tokens nor to
+        feature_norm: norm applied to the classes' mean features before clustering: "layer", "l2" or "none".
+        tune: "prompts", or "prompts+biases" (DA-VPT+), which also trains these parameters of the timm model: the class
+            token, norm1, and the biases of k, v, proj (also the patch embedding's), fc2 and norm2; not q's bias.
+        mask_prompts: True, the official code's `mask`: prompts attend to patches only, not to prefix tokens or
             prompts. It changes the logits only for `pool` "all" and "prompt", where the head reads prompt rows.
         pool, dropout: see :class:`PromptConfig`.
         backbone_train_mode: see :class:`PromptConfig`; True as in the official code.

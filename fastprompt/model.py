@@ -1,4 +1,4 @@
-"""`get_prompt_model`: the model class of a configuration, after checking that it supports the timm model."""
+"""`get_prompt_model`: check the timm model and build the model class of a configuration."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["FoldedPromptModel", "PromptModel", "PromptOutput", "get_prompt_model
 
 
 def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool = True) -> PromptModel:
-    """Give a timm ViT the prompts that `config` describes; its weights are shared, and frozen but for the head.
+    """Add the prompts of `config` to a timm ViT; its weights are shared, and frozen except for the head.
 
     Args:
         model: timm's `VisionTransformer`, `VisionTransformerDistilled` or `Eva` (EVA02, DINOv3, ...), with supported
             blocks; before or after :func:`fastprompt.replace_attention`.
         config: such as :class:`fastprompt.VPTConfig`.
-        shortcuts: False runs every row through every block, as the papers' code does: the same numbers, more work.
+        shortcuts: False runs every row through every block, as the papers' code does: same results, more operations.
 
     Returns:
         The method's `PromptModel` (`VPTModel`, `GateVPTModel`, `CVPTModel` or `DAVPTModel`) on the model's device and
         in its dtype.
 
     Raises:
-        NotImplementedError: the model, or what `config` asks of it, is not supported; the message says why.
-        TypeError, ValueError: `model` or `config` is of another kind, or a value does not fit the model.
-        In each case before anything is changed.
+        NotImplementedError: the model, or `config` with this model, is not supported; the message says why.
+        TypeError, ValueError: `model` or `config` has another type, or a value does not fit the model.
+        Errors are raised before anything is changed.
     """
     if isinstance(model, PromptModel):
-        raise TypeError("`get_prompt_model`: `model` has prompts already; pass its `base`")
+        raise TypeError("`get_prompt_model`: `model` already has prompts; pass its `base`")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`get_prompt_model`: `model` must be a timm model; got {type(model).__name__}")
     if type(config) not in MODELS:

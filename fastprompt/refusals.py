@@ -1,4 +1,4 @@
-"""Reasons why timm classes are not supported, as data, and the message made of them."""
+"""Reasons why timm classes are not supported, and the messages that give them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REDUCED = "keys and values come from a smaller map than the queries"
 _BIAS = "relative position bias is added to the scores"
 _CLASS_TOKEN = "only the class token attends"
 
-# Class of timm -> why its attention cannot be replaced. Classes that are not listed are refused as unknown.
+# timm class -> why its attention cannot be replaced. Classes that are not listed are refused as unknown.
 ATTENTION_REASONS = {
     "timm.layers.diff_attention.DiffAttention": "differential attention subtracts two softmaxes",
     "timm.models._efficientnet_blocks.MobileAttention": f"{_REDUCED}, and all heads share them",
@@ -84,7 +84,7 @@ ATTENTION_REASONS = {
     "timm.models.xcit.XCA": _CHANNELS,
 }
 
-# Model class of timm -> why it takes no prompts, where its blocks are no reason.
+# timm model class -> why it does not support prompts although its blocks do.
 MODEL_REASONS = {
     "timm.models.naflexvit.NaFlexVit": "each image may have its own number of tokens",
 }
@@ -103,8 +103,7 @@ def is_refused(module: nn.Module) -> bool:
 def refusal(module: nn.Module, supported: Collection[type[nn.Module]]) -> str:
     """Return "class: reason" for a module whose class is none of those in `supported`.
 
-    The reason is that of the class itself or of one that it derives from, else that of the first module inside that
-    has one.
+    The reason is that of the class itself or of a base class, else that of the first submodule that has one.
     """
     path = class_path(module)
     reason = _known(module, {**ATTENTION_REASONS, **MODEL_REASONS})
@@ -124,7 +123,7 @@ def refusal(module: nn.Module, supported: Collection[type[nn.Module]]) -> str:
 
 
 def _known(module: nn.Module, reasons: dict[str, str]) -> str | None:
-    """The reason of the nearest class in the MRO that has one."""
+    """Return the reason of the first class in the MRO that has one."""
     return next((reasons[path] for path in map(_path, type(module).__mro__) if path in reasons), None)
 
 

@@ -29,7 +29,7 @@ from fastprompt import vit
 from fastprompt.ops import dispatch
 from fastprompt.refusals import class_path, is_refused, refusal
 
-# timm's models that call their blocks as the adapters assume; blocks in a user's own module are accepted.
+# timm's models that call their blocks as the adapters assume; blocks in a user's own module are accepted too.
 _OWNERS = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)
@@ -37,7 +37,7 @@ _BACKEND, _FALLBACKS = "_fastprompt_backend", "_fastprompt_fallbacks"
 
 
 def _timm_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
-    """Copy timm's `forward` under a second name: TorchScript compiles methods by name and does not know `super`."""
+    """Copy timm's `forward` under a second name: TorchScript compiles methods by name and does not support `super`."""
     forward = cls.forward
     return FunctionType(
         forward.__code__, forward.__globals__, "timm_forward", forward.__defaults__, forward.__closure__
@@ -46,7 +46,7 @@ def _timm_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 
 @register_notrace_module
 class FastAttention(Attention):
-    """timm's `Attention` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `Attention` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = Attention
     timm_forward = _timm_forward(Attention)
@@ -59,7 +59,7 @@ class FastAttention(Attention):
 
 @register_notrace_module
 class FastAttentionRope(AttentionRope):
-    """timm's `AttentionRope` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `AttentionRope` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = AttentionRope
     timm_forward = _timm_forward(AttentionRope)
@@ -74,7 +74,7 @@ class FastAttentionRope(AttentionRope):
 
 @register_notrace_module
 class FastEvaAttention(EvaAttention):
-    """timm's `EvaAttention` with this package's kernels; made by :func:`replace_attention`."""
+    """timm's `EvaAttention` with this package's kernels; created by :func:`replace_attention`."""
 
     timm_class: ClassVar[type[nn.Module]] = EvaAttention
     timm_forward = _timm_forward(EvaAttention)
@@ -91,7 +91,7 @@ _FAST = {cls.timm_class: cls for cls in (FastAttention, FastAttentionRope, FastE
 
 
 def _forward(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Run the kernels, or timm's `forward` for what they do not support, and count such calls."""
+    """Run the kernels, or timm's `forward` for unsupported calls, which are counted."""
     given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
     if isinstance(x, Proxy):  # torch.fx's own tracer does not know timm's registry of leaves
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(attn), (x,), _options(given))
@@ -142,7 +142,7 @@ class ReplacementReport:
 
     @property
     def reason(self) -> str | None:
-        """Why nothing was replaced, or None if something was."""
+        """The reason why nothing was replaced, or None if something was."""
         if self.replaced:
             return None
         if not self.skipped:
@@ -190,14 +190,13 @@ def replace_attention(
         strict: raise if any attention module would be skipped, or if there is none.
 
     Returns:
-        A report of the modules that were replaced and those that were skipped, with the reason. Modules that are
-        replaced already may be replaced again.
+        A report of the replaced and the skipped modules, with the reasons. Modules may be replaced again.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: `backend` is unknown.
-        NotImplementedError: the named backend has no attention here, or `strict` and a module would be skipped.
-        The model is unchanged in each case.
+        NotImplementedError: `backend` cannot run attention here, or `strict` and a module would be skipped.
+        Errors are raised before anything is changed.
     """
     _check_model(model, "replace_attention")
     dispatch.check_name(backend, "replace_attention")
@@ -282,7 +281,7 @@ def _replacement_reason(name: str, module: nn.Module, modules: dict[str, nn.Modu
 
 
 def _owner(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """Return the innermost module around `name` that is not a mere container."""
+    """Return the innermost module that contains `name` and is not just a container."""
     while name:
         name = name.rpartition(".")[0]
         if type(modules[name]) not in _CONTAINERS:

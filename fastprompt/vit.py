@@ -1,7 +1,7 @@
-"""Adapters of timm's attention and block classes, one for each class that is supported.
+"""Adapters of timm's attention and block classes, one for each supported class.
 
-An adapter holds no state: it reads the module's weights at each call, so `.to()`, `load_state_dict`, in-place updates
-and `copy.deepcopy` need no care. Classes are matched exactly (`type(m) is cls`): a subclass may compute something else.
+An adapter has no state: it reads the module's weights at each call, so `.to()`, `load_state_dict`, in-place updates and
+`copy.deepcopy` work. Classes are matched exactly (`type(m) is cls`): a subclass may compute something else.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def block_reason(block: nn.Module) -> str | None:
 
 
 def prompt_reason(block: nn.Module) -> str | None:
-    """Return why this block takes no prompts, or None: as `block_reason`; its maps must be plain Linear layers too."""
+    """Return why this block does not support prompts, or None: `block_reason`, or a map is not a plain Linear layer."""
     reason = block_reason(block)
     attn: Any = block.attn if reason is None else None
     if attn is None or attention_adapter(attn).weights(attn) is not None:

@@ -1,7 +1,7 @@
 """Find and load the native CPU library ``_C``, and define the schemas of its operators.
 
-``_C`` is built on the LibTorch stable ABI and only *implements* ``torch.ops.fastprompt_cpu.*``; the schemas
-are defined here, once for each process, because torch aborts on a schema defined twice.
+``_C`` is built on the LibTorch stable ABI and only *implements* ``torch.ops.fastprompt_cpu.*``. The schemas are defined
+here, once per process, because torch aborts on a schema defined twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _definitions: torch.library.Library | None = None
 
 
 def find_library() -> Path | None:
-    """Return the path of ``_C``, or None. An editable install keeps it in site-packages, apart from the sources."""
+    """Return the path of ``_C``, or None. An editable install puts it in site-packages, not with the sources."""
     spec = importlib.util.find_spec("fastprompt")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         candidate = Path(folder) / LIBRARY_NAME
@@ -39,7 +39,7 @@ def find_library() -> Path | None:
 def load() -> str | None:
     """Load ``_C`` on the first call; return None if its operators can be used, else the reason in one line.
 
-    Never raises. The result is kept: a library installed later needs a new process.
+    Never raises. The result is cached, so a library installed later needs a new process.
     """
     with _lock:
         return _load()
@@ -55,7 +55,7 @@ def _load() -> str | None:
             " run `pip install --no-build-isolation -e .` in fastprompt's folder"
         )
     try:
-        # kernels/ and fastprompt/kernels are one folder: a process that imports both names defines once.
+        # kernels/ and fastprompt/kernels are one folder: a process that imports both must define the schemas once.
         if not hasattr(torch.ops.fastprompt_cpu, "gated_blend"):
             definitions = torch.library.Library("fastprompt_cpu", "DEF")
             for schema in SCHEMAS:
@@ -69,7 +69,7 @@ def _load() -> str | None:
 
 @functools.cache
 def warn_missing_once() -> None:
-    """Warn, once for each process and unless ``_C`` is loaded, that CPU calls run as plain torch operations."""
+    """Warn once per process, if ``_C`` is not loaded, that CPU calls run as plain torch operations."""
     reason = load()
     if reason is not None:
         warnings.warn(

@@ -191,10 +191,10 @@ def test_class_map_is_optional() -> None:
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ([0, 1, 2], "must name prompts of 0..1 for all classes; check `num_proxy_prompts`"),
-        ([0, -1, 1], "must name prompts of 0..1"),
-        ([0, 0.5, 1], "must name prompts of 0..1"),
-        ([0, float("nan"), 1], "must name prompts of 0..1"),
+        ([0, 1, 2], "must be prompts in 0..1 for all classes; check `num_proxy_prompts`"),
+        ([0, -1, 1], "must be prompts in 0..1"),
+        ([0, 0.5, 1], "must be prompts in 0..1"),
+        ([0, float("nan"), 1], "must be prompts in 0..1"),
         ([0, 1j, 1], "is torch.complex64; integers are needed"),
         ([0, 1], "is (2,), the model's is (3,); check the timm model's `num_classes`"),
     ],
@@ -348,7 +348,7 @@ def layered_head() -> nn.Module:
 def test_half_of_a_layered_head_is_refused(strict: bool) -> None:
     head = prefixed(layered_head().state_dict(), "head.") | {"head.last_layer.weight": torch.randn(3, 64)}
     (line,) = refused(vpt(), vpt_state() | head, strict)[1:]
-    assert line.startswith("- half a head: the model's has no head.projection.0.weight")
+    assert line.startswith("- incomplete head: the model's has no head.projection.0.weight")
     assert "give the timm model a head with the state's layers and names before `get_prompt_model`" in line
     assert "strict=False" in line
     state = {k: t for k, t in vpt_state().items() if not k.startswith("head.")}
@@ -391,7 +391,9 @@ def test_own_state_is_refused() -> None:
 def test_two_names_for_one_parameter_are_refused() -> None:
     state = vpt_state()
     lines = refused(vpt(), {**state, "module.prompt_embeddings": state["prompt_embeddings"]})
-    assert lines[1:] == ["- module.prompt_embeddings: another name of the state means the same parameter"]
+    assert lines[1:] == [
+        "- module.prompt_embeddings: the state contains the same parameter under another name"
+    ]
 
 
 def test_what_is_no_tensor_is_unexpected() -> None:
@@ -430,7 +432,7 @@ def test_state_of_which_nothing_fits_is_refused(strict: bool) -> None:
         *EVERYTHING,
     ]
     (line,) = refused(vpt(0, num_classes=0), {}, strict)[1:]
-    assert line == "- the state holds nothing that the model has"
+    assert line == "- the state shares no name with the model"
 
 
 @torch.no_grad()

@@ -249,7 +249,7 @@ def test_half_a_backbone_is_refused(with_prompts: bool, strict: bool) -> None:
     whole = backbone_state() | (state if with_prompts else {})
     del whole["blocks.1.norm1.bias"], whole["pos_embed"]
     (line,) = refused(model, whole, strict)[1:]
-    assert line.startswith("- half a backbone, without base.pos_embed, base.blocks.1.norm1.bias;")
+    assert line.startswith("- incomplete backbone, without base.pos_embed, base.blocks.1.norm1.bias;")
 
 
 def test_tuned_biases_need_da_vpt_plus() -> None:
@@ -257,7 +257,7 @@ def test_tuned_biases_need_da_vpt_plus() -> None:
     base: Any = golden_files.backbone(False, num_classes=case.config["num_classes"])
     config = fastprompt.DAVPTConfig(case.config["num_prompts"], case.config["proxy_prompt_len"], (1, 2))
     (line,) = refused(fastprompt.get_prompt_model(base, config), state)[1:]
-    assert "half a backbone" in line
+    assert "incomplete backbone" in line
     assert "tune='prompts+biases'" in line
 
 
@@ -265,7 +265,7 @@ def test_norm_before_the_mean_is_not_taken_for_one_after_it() -> None:
     model, state, _ = blank("vpt_deep_mean")
     lines = refused(model, backbone_state() | state)
     assert (
-        "half a backbone, without base.fc_norm.weight, base.fc_norm.bias; its norm is before the mean"
+        "incomplete backbone, without base.fc_norm.weight, base.fc_norm.bias; its norm is before the mean"
         in lines[1]
     )
     assert "global_pool='avg', fc_norm=False" in lines[1]

@@ -114,7 +114,7 @@ def test_integers_and_overflow_are_refused() -> None:
     assert line == f"- {key}: is torch.int64; a floating-point dtype is needed"
     model.half()
     (line,) = refused(model, state | {key: state[key] + 1e6})[1:]
-    assert line.startswith(f"- {key}: holds NaN or infinity as torch.float16")
+    assert line.startswith(f"- {key}: contains NaN or infinity as torch.float16")
 
 
 def test_truncated_states_are_refused() -> None:

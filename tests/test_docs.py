@@ -64,14 +64,6 @@ AS_IN_THE_PAGES = native.load() is None and not torch.cuda.is_available()
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The pages show what a reader sees, whose kernels are not interpreted as those of the tests."""
     monkeypatch.setattr(launch, "INTERPRETED", False)

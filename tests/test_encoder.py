@@ -112,14 +112,14 @@ def test_it_is_a_part_of_a_larger_module() -> None:
     [
         (0, ValueError, "the last 1 to 3 blocks; got 0; for block 0 alone pass [0]"),
         (4, ValueError, "the last 1 to 3 blocks; got 4"),
-        ([], ValueError, "must name at least one block"),
-        ([0, 3], ValueError, "must lie in -3..2, the model has 3 blocks; got [3]"),
+        ([], ValueError, "must contain at least one block"),
+        ([0, 3], ValueError, "must be in -3..2, the model has 3 blocks; got [3]"),
         ([2, 0], ValueError, "are blocks [2, 0]; pass [0, 2]"),
         ([0, -3], ValueError, "are blocks [0, 0]; pass [0]"),
-        (True, TypeError, "must be an int or integers; got True"),
-        ("12", TypeError, "must be an int or integers; got '12'"),
-        ([0.0], TypeError, "must be an int or integers"),
-        (None, TypeError, "must be an int or integers; got None"),
+        (True, TypeError, "must be an int or a list of ints; got True"),
+        ("12", TypeError, "must be an int or a list of ints; got '12'"),
+        ([0.0], TypeError, "must be an int or a list of ints"),
+        (None, TypeError, "must be an int or a list of ints; got None"),
     ],
 )
 def test_bad_indices_are_refused_by_name(indices: Any, error: type[Exception], message: str) -> None:

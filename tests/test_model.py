@@ -269,8 +269,8 @@ BAD_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "on meta and `images` on cpu",
     ),
-    "too large": (torch.tensor([0, CLASSES]), ValueError, "must lie in 0..4, the model's classes; got 5"),
-    "negative": (torch.tensor([0, -1]), ValueError, "must lie in 0..4, the model's classes; got -1"),
+    "too large": (torch.tensor([0, CLASSES]), ValueError, "must be in 0..4, the model's classes; got 5"),
+    "negative": (torch.tensor([0, -1]), ValueError, "must be in 0..4, the model's classes; got -1"),
 }
 
 
@@ -313,7 +313,7 @@ def test_unsupported_models_are_refused_unchanged() -> None:
         fastprompt.get_prompt_model(Subclass(depth=1, embed_dim=48, num_heads=3), VPTConfig(3))
     with pytest.raises(TypeError, match="got str"):
         fastprompt.get_prompt_model("vit_base_patch16_224", VPTConfig(3))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="prompts already"):
+    with pytest.raises(TypeError, match="already has prompts"):
         fastprompt.get_prompt_model(build(), VPTConfig(3))
     with pytest.raises(TypeError, match="VPTConfig; got dict"):
         fastprompt.get_prompt_model(vit(), {"num_prompts": 3})  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ class TestAttention:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ((images(), 3), ValueError, "`block` must lie in -3..2, the model's blocks; got 3"),
+            ((images(), 3), ValueError, "`block` must be in -3..2, the model's blocks; got 3"),
             ((images(), 1.0), TypeError, "`block` must be an integer; got 1.0"),
             (
                 (images()[0], 0),
@@ -277,10 +277,10 @@ class TestNumbers:
             viz.tsne(model, loader(), 1, perplexity=44)
 
 
-NOT_DA = "maps no classes to prompts; DA-VPT does"
+NOT_DA = "does not map classes to prompts; only DA-VPT does"
 OTHER_METHODS = {
-    "gate_values": (viz.gate_values, (), "VPT has no gates; GateVPT has"),
-    "plot_gates": (viz.plot_gates, (), "VPT has no gates; GateVPT has"),
+    "gate_values": (viz.gate_values, (), "VPT has no gates; only GateVPT has"),
+    "plot_gates": (viz.plot_gates, (), "VPT has no gates; only GateVPT has"),
     "centroid_distances": (viz.centroid_distances, (), NOT_DA),
     "class_distances": (viz.class_distances, (loader(),), NOT_DA),
     "proxy_distances": (viz.proxy_distances, (loader(), 1), NOT_DA),
@@ -300,7 +300,7 @@ def test_a_method_that_has_no_such_thing_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: viz.proxy_distances(m, loader(), 0), "`block` must lie in guided_blocks=(1, 1); got 0"),
+        (lambda m: viz.proxy_distances(m, loader(), 0), "`block` must be in guided_blocks=(1, 1); got 0"),
         (lambda m: viz.proxy_distances(m, loader(), 1, "query"), "`feature` must be 'class' or 'patch'"),
         (lambda m: viz.class_distances(m, []), "`class_distances`: `loader` is empty"),
         (lambda m: viz.prompts_and_tokens(m, [], 1), "`prompts_and_tokens`: `loader` is empty"),
@@ -312,9 +312,9 @@ def test_a_method_that_has_no_such_thing_is_named(name: str) -> None:
             lambda m: viz.plot_class_map(m, block=1),
             "block=1 needs images to compute distances; pass `loader`",
         ),
-        (lambda m: viz.plot_attention(m, images(), head=3), "`head` must lie in 0..2"),
-        (lambda m: viz.plot_attention(m, images(), prompt=[0, 2]), "`prompt` must name prompts of 0..1"),
-        (lambda m: viz.plot_attention(m, images(), prompt=[]), "`prompt` must name prompts of 0..1"),
+        (lambda m: viz.plot_attention(m, images(), head=3), "`head` must be in 0..2"),
+        (lambda m: viz.plot_attention(m, images(), prompt=[0, 2]), "`prompt` must be in 0..1"),
+        (lambda m: viz.plot_attention(m, images(), prompt=[]), "`prompt` must be in 0..1"),
     ],
 )
 def test_values_out_of_range_are_named(call: Any, message: str) -> None:

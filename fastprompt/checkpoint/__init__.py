@@ -1,4 +1,4 @@
-"""State dicts of the official code of VPT, GateVPT, CVPT and DA-VPT."""
+"""Load state dicts of the official code of VPT, GateVPT, CVPT and DA-VPT."""
 
 from fastprompt.checkpoint.load import LoadReport, load_official_state_dict
 

@@ -1,7 +1,7 @@
-"""Names that the official code of VPT, GateVPT, CVPT and DA-VPT gives to its tensors.
+"""The names of tensors in the official code of VPT, GateVPT, CVPT and DA-VPT.
 
-`FORMATS` has one entry for each layout of a file. To load another layout, add an entry there: its names, the tensors of
-the model that each holds, and how it is recognised. Names of the backbone become timm's, with q, k and v apart.
+`FORMATS` has one entry for each layout of a file. To load another layout, add an entry: its names, the model's tensors
+for each name, and how to recognise it. Names of the backbone become timm's, with separate q, k and v.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CROSS = re.compile(r"(blocks\.\d+\.)CrossAttn\.(.+)")
 HEADS = ("head.", "head_dist.")
 CLASS_MAP = "vpt_criterion.mapping"
 
-# Left over from pretraining: MoCo v3's predictor, MAE's decoder.
+# Needed only in pretraining: MoCo v3's predictor, MAE's decoder.
 PRETRAINING = re.compile(r"(predictor|momentum_encoder)\.|decoder_|mask_token$")
 
 
@@ -51,9 +51,9 @@ class Name(NamedTuple):
     """An official name.
 
     Attributes:
-        holds: the model's tensor of this name, or (a function of the model) the indices of its sets of prompts.
+        holds: the model's tensor for this name, or a function from the model to the indices of its sets of prompts.
         option: the fields of the configuration that decide whether the model has it; empty if it always has.
-        sizes: what decides each dimension.
+        sizes: for each dimension, the option that determines it.
     """
 
     holds: str | Callable[[PromptModel], Iterable[int]]
@@ -63,14 +63,14 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """The names that one official code gives to what its method adds.
+    """The names of one official code for the parameters that its method adds.
 
     Attributes:
-        code: its name in an error.
+        code: its name in error messages.
         config: the configuration of the models that load it.
         names: the official names.
-        marks: further names that only this code (or one with the same marks) writes.
-        applies: False for a state (its common names) that is not of this format although it has its names.
+        marks: other names that only this code (or one with the same marks) saves.
+        applies: returns False for a state (its common names) that has these names but another format.
         hint: the advice for a state that was recognised wrongly.
     """
 
@@ -218,14 +218,14 @@ def format_of(model: PromptModel, names: set[str]) -> Format | None:
         raise ValueError(f"{CALLER}: the state mixes names of several methods: {some(sorted(of_any_method))}")
     theirs = fitting[0]
     raise ValueError(
-        f"{CALLER}: the state is from {theirs.code} (it has {some(sorted(known[theirs.code]))}), and the model's "
+        f"{CALLER}: the state is from {theirs.code} (it has {some(sorted(known[theirs.code]))}), but the model's "
         f"method is {model.config.method!r}; make the model with `fastprompt.{theirs.config.__name__}`"
         + (f" ({theirs.hint})" if theirs.hint else "")
     )
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first of `names`, and how many more there are."""
+    """Return the first of `names` and the number of the others as text."""
     listed = list(names)
     more = f" and {len(listed) - 4} more" if len(listed) > 5 else ""
     return ", ".join(listed[:4] if more else listed) + more

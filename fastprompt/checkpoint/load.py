@@ -1,7 +1,7 @@
 """Copy a state dict of official code into a `PromptModel`: make a plan, check it, and only then copy.
 
-Both sides are brought to one set of names (:mod:`fastprompt.checkpoint.formats`). A tensor of the state is then split
-along dimension 0 into the tensors of the model that it holds: several sets of prompts, or q, k and v of a packed map.
+The names of both are converted to one set of names (:mod:`fastprompt.checkpoint.formats`). A tensor of the state is
+then split along dimension 0 into tensors of the model: several sets of prompts, or q, k and v of a packed map.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class LoadReport:
 
     Attributes:
         loaded: keys of the state whose values were copied.
-        missing: the model's trained parameters that the state does not hold; they keep their values.
-        unexpected: keys of the state that name nothing in the model.
+        missing: the model's trained parameters that are not in the state; they keep their values.
+        unexpected: keys of the state that match nothing in the model.
         ignored: keys of the state that are not needed: heads and decoders of a pretraining, MoCo v3's second encoder,
-            the packed maps that DA-VPT keeps beside those it uses, CVPT's copies of attention weights.
+            DA-VPT's unused packed maps, CVPT's copies of attention weights.
     """
 
     loaded: tuple[str, ...]
@@ -56,11 +56,11 @@ class _Piece(NamedTuple):
     """A tensor of the model, or a third of a packed one, to copy into.
 
     Attributes:
-        name: its own name, with q, k and v apart.
+        name: its own name, with separate q, k and v.
         owner: the name of the parameter or buffer in the PromptModel.
         tensor: the tensor to copy into.
-        trained: every state of tuned parameters holds it.
-        frozen: only a state with the backbone holds it. (Neither: q's bias in DA-VPT+, the class map.)
+        trained: every state of tuned parameters contains it.
+        frozen: only a state with the backbone contains it. (Neither: q's bias in DA-VPT+, the class map.)
     """
 
     name: str
@@ -79,22 +79,22 @@ def load_official_state_dict(
     """Copy a state dict of the official VPT, GateVPT, CVPT or DA-VPT code, or of a backbone, into `model`.
 
     Names are recognised under the prefixes `module.`, `model.`, `backbone.`, `enc.` and `transformer.`, with packed or
-    separate q, k and v, and inside `{"model": ...}` or `{"state_dict": ...}`. A state of tuned parameters holds the
-    prompts, the head and everything else that the method trains. It may also hold the whole backbone, which is then
-    loaded. A state that holds a backbone and nothing of any method comes from pretraining (MAE, MoCo v3, supervised):
-    its backbone is loaded, and the model keeps its prompts and its head.
+    separate q, k and v, and inside `{"model": ...}` or `{"state_dict": ...}`. A state of tuned parameters contains the
+    prompts, the head and all other parameters that the method trains. It may also contain the whole backbone, which is
+    then loaded. A state with only a backbone comes from pretraining (MAE, MoCo v3, supervised): the backbone is loaded,
+    and the model keeps its prompts and its head.
 
     Args:
-        model: made by :func:`fastprompt.get_prompt_model` for the same method and sizes. Its parameters stay the same
+        model: from :func:`fastprompt.get_prompt_model`, for the same method and sizes. Its parameters stay the same
             objects, on their device and in their dtype.
         state: names to tensors (or NumPy arrays), as `torch.load(..., weights_only=True)` or safetensors return them.
         strict: False reports missing and unexpected names instead of raising.
 
     Raises:
         TypeError: `model` is not a PromptModel, or `state` is not a mapping.
-        ValueError: the state belongs to another method or to other options, has other shapes or dtypes, holds NaN or
-            infinity, holds half a backbone or half a head, lacks trained parameters or has unexpected names (if
-            `strict`), or none of it fits. One message lists everything; the model is unchanged.
+        ValueError: the state is for another method or other options, has wrong shapes or dtypes, contains NaN or
+            infinity, has an incomplete backbone or head, lacks trained parameters or has unexpected names (if
+            `strict`), or shares no name with the model. One message lists every problem; the model is unchanged.
     """
     if not isinstance(model, PromptModel):
         raise TypeError(
@@ -108,7 +108,7 @@ def load_official_state_dict(
         problems += [] if plan.pretraining else plan.missing_lines()
     if problems or not plan.copies:
         advice = " (strict=False loads the rest)" if plan.copies and not plan.problems else ""
-        lines = problems or ["the state holds nothing that the model has"]
+        lines = problems or ["the state shares no name with the model"]
         raise ValueError(f"{CALLER}: nothing was loaded{advice}:\n" + "\n".join(f"- {p}" for p in lines))
     with torch.no_grad():
         for target, value in plan.copies:
@@ -118,7 +118,7 @@ def load_official_state_dict(
 
 
 class _Plan:
-    """The copies to make, what to report, and every reason against loading; changes nothing."""
+    """The copies to make, the report, and all problems; changes nothing."""
 
     def __init__(self, model: PromptModel, state: Mapping[str, Any]) -> None:
         names = common_names(state)
@@ -162,7 +162,7 @@ class _Plan:
         elif name not in self.slots:
             self.unexpected.append(key)
         elif any(piece.name in self.values for piece in self.slots[name]):
-            self.problems.append(f"{key}: another name of the state means the same parameter")
+            self.problems.append(f"{key}: the state contains the same parameter under another name")
         else:
             self._place(key, name, value)
 
@@ -197,7 +197,7 @@ class _Plan:
     def _is_not_needed(self, name: str) -> bool:
         packed = PACKED.fullmatch(name)
         if packed and f"{packed[1]}q.{packed[2]}" in self.present:
-            return True  # DA-VPT keeps the packed maps of pretraining, and computes with separate ones
+            return True  # DA-VPT saves the packed maps of pretraining, but computes with separate ones
         if not self.pretraining:
             return False
         if name.startswith("norm.") and "norm.weight" not in self.slots:
@@ -205,7 +205,7 @@ class _Plan:
         return name.startswith(HEADS) or PRETRAINING.match(name) is not None
 
     def _starts_anew(self, name: str) -> bool:
-        """Return whether `name` is of a norm after the mean, which a pretraining lacks: MAE and VPT reset it."""
+        """Return whether `name` is a norm after the mean, which pretraining does not have: MAE and VPT reset it."""
         return (
             name.startswith("fc_norm.")
             and name not in self.present
@@ -213,7 +213,7 @@ class _Plan:
         )
 
     def _check_copy_of_attention(self, key: str, name: str, value: Tensor) -> None:
-        """Compare a weight of CVPT's cross-attention with `name`, the block's own, which it shares here."""
+        """Compare a weight of CVPT's cross-attention with `name`, the block's own weight, which it shares here."""
         own = self.values.get(name, self.slots[name][0].tensor if name in self.slots else None)
         same = own is not None and own.shape == value.shape and _value_reason(value, own) is None
         if own is None or not same or not torch.equal(own, value.to(own)):
@@ -223,7 +223,7 @@ class _Plan:
         self.ignored.append(key)
 
     def _check_backbone_and_missing(self) -> None:
-        """Note the trained parameters that the state lacks, and refuse half a backbone."""
+        """Record the trained parameters that the state lacks; an incomplete backbone is an error."""
         pieces = {piece.name: piece for slot in self.slots.values() for piece in slot}.values()
         with_backbone = self.pretraining or any(p.frozen and p.name in self.values for p in pieces)
         lacking: dict[str, None] = {}
@@ -243,16 +243,16 @@ class _Plan:
             advice = "its norm is after the mean: build the timm model with global_pool='avg', fc_norm=True"
         elif isinstance(self.model.config, DAVPTConfig):
             advice += " (tuned biases need tune='prompts+biases')"
-        self.problems.append(f"half a backbone, without {some(lacking)}; {advice}")
+        self.problems.append(f"incomplete backbone, without {some(lacking)}; {advice}")
 
     def _check_head(self, names: Mapping[str, str]) -> None:
-        """Refuse a head with more layers than the model's, of which a part would be loaded."""
+        """Record an error if the state's head has more layers than the model's."""
         loaded = any(names[key].startswith(HEADS) for key in self.loaded)
         rest = [key for key in self.unexpected if names[key].startswith(HEADS)]
         if loaded and rest and not self.pretraining:
             self.unexpected = [key for key in self.unexpected if key not in rest]
             self.problems.append(
-                f"half a head: the model's has no {some(rest)}; give the timm model a head with the state's layers "
+                f"incomplete head: the model's has no {some(rest)}; give the timm model a head with the state's layers "
                 "and names before `get_prompt_model`, or remove every key of the head from the state and pass "
                 "strict=False"
             )
@@ -291,7 +291,7 @@ def _unwrap(state: Any) -> Mapping[str, Any]:
 
 
 def _backbone_slots(model: PromptModel) -> _Slots:
-    """Map each name that a state may give to the backbone or the head to the tensors that it holds."""
+    """Map each possible name of the backbone or the head in a state to the model's tensors for it."""
     slots: _Slots = {}
     for name, tensor in model.base.state_dict(keep_vars=True).items():
         owner, trained, tensor = f"base.{name}", tensor.requires_grad, tensor.detach()
@@ -311,7 +311,7 @@ def _backbone_slots(model: PromptModel) -> _Slots:
             slots[query.replace(".attn.q.", ".attn.qkv.")] = tuple(p for part in parts for p in slots[part])
     aliases = {"head.last_layer.": "head."}  # VPT's name for a head of one layer
     if isinstance(model.config, GateVPTConfig) and "norm.weight" not in slots:
-        # Its code norms the mean with the backbone's own norm, which timm calls fc_norm.
+        # Its code normalizes the mean with the backbone's own norm, which timm calls fc_norm.
         aliases["norm."] = "fc_norm."
     for theirs, ours in aliases.items():
         for kind in ("weight", "bias"):
@@ -321,7 +321,7 @@ def _backbone_slots(model: PromptModel) -> _Slots:
 
 
 def _method_slots(model: PromptModel, layout: Format | None) -> _Slots:
-    """Map each of the layout's official names to the tensors that it holds, where the model has them."""
+    """Map each of the layout's official names to the model's tensors for it, if the model has them."""
     own = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name.startswith("class_")
     }
@@ -339,7 +339,7 @@ def _method_slots(model: PromptModel, layout: Format | None) -> _Slots:
 
 
 def _as_tensor(name: str, value: Any) -> Tensor | None:
-    """Return a tensor, an array or the list of a class map as a tensor; None for anything else."""
+    """Convert a tensor, an array or the list of a class map to a tensor; None for anything else."""
     if isinstance(value, Tensor):
         return None if value.is_meta else value
     if not hasattr(value, "__array_interface__") and not (name == CLASS_MAP and isinstance(value, list)):
@@ -359,11 +359,11 @@ def _value_reason(value: Tensor, target: Tensor) -> str | None:
     if not value.is_floating_point():
         return f"is {value.dtype}; a floating-point dtype is needed"
     if not value.to(target.dtype).isfinite().all():
-        return f"holds NaN or infinity as {target.dtype}; the file is broken or its training diverged"
+        return f"contains NaN or infinity as {target.dtype}; the file is broken or its training diverged"
     return None
 
 
 def _mapping_reason(mapping: Tensor, prompts: int) -> str | None:
     if ((mapping == mapping.long()) & (mapping >= 0) & (mapping < prompts)).all():
         return None
-    return f"must name prompts of 0..{prompts - 1} for all classes; check `num_proxy_prompts`"
+    return f"must be prompts in 0..{prompts - 1} for all classes; check `num_proxy_prompts`"

@@ -1,4 +1,4 @@
-"""The methods: each file holds one, its prompts and how a model's blocks run with them."""
+"""The methods, one file each: their prompts, and how a model's blocks run with them."""
 
 from fastprompt.methods.base import MODELS, FoldedPromptModel, PromptModel, PromptOutput
 from fastprompt.methods.cvpt import CVPTModel

@@ -1,4 +1,4 @@
-"""`PromptModel`: a frozen timm model with prompts, and a head that trains; each method is a subclass of it."""
+"""`PromptModel`: a frozen timm model with prompts and a trained head; the base class of all methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastprompt import backbone
 from fastprompt.backbone import Backbone, HeadInput
 from fastprompt.config import Pool, PromptConfig
 
-# (block, the tokens [B, N, D] that enter it, the number of carried prompts among them)
+# (block, its input tokens [B, N, D], the number of carried prompts among them)
 OnBlock: TypeAlias = Callable[[int, Tensor, int], None]
 
 MODELS: dict[type[PromptConfig], type[PromptModel]] = {}
@@ -23,7 +23,7 @@ MODELS: dict[type[PromptConfig], type[PromptModel]] = {}
 class PromptOutput(NamedTuple):
     """Output of a `PromptModel` called with labels: logits [B, classes] and the method's own loss, a scalar.
 
-    Train on ``cross_entropy(logits, labels) + method_loss``; it is 0 for methods without a loss of their own.
+    Train on ``cross_entropy(logits, labels) + method_loss``; `method_loss` is 0 for methods without one.
     """
 
     logits: Tensor
@@ -31,17 +31,17 @@ class PromptOutput(NamedTuple):
 
 
 class PromptModel(nn.Module, ABC):
-    """A timm model with prompts; made by :func:`fastprompt.get_prompt_model`.
+    """A timm model with prompts; created by :func:`fastprompt.get_prompt_model`.
 
-    A method is a subclass: :meth:`check` refuses what it does not support, :meth:`add_prompts` registers its
-    parameters, :meth:`prepare` computes once for a batch what the blocks read of them, and :meth:`run` goes through
+    A method is a subclass: :meth:`check` checks that it supports the timm model, :meth:`add_prompts` registers its
+    parameters, :meth:`prepare` computes, once per batch, the prompt tensors that the blocks need, and :meth:`run` runs
     the blocks. Its `config_class` registers it.
 
     Attributes:
-        base: the timm model: frozen, except for its head.
+        base: the timm model, frozen except for its head.
         prompts: `ParameterList`, one [P, D] for each prompted block ([P, project] with a projection).
         config: the method's configuration.
-        shortcuts: whether work that reaches neither logits nor gradients is skipped; may be set at any time.
+        shortcuts: whether to skip computation that affects neither logits nor gradients; may be set at any time.
     """
 
     config_class: ClassVar[type[PromptConfig]]
@@ -78,11 +78,11 @@ class PromptModel(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, batch_size: int | None, reads: HeadInput) -> Any:
-        """Compute what the blocks read of the prompts, once for a whole batch.
+        """Compute the prompt tensors that the blocks need, once for a whole batch.
 
         Args:
-            batch_size: B; None asks for what depends on no image, which :meth:`fold` stores.
-            reads: what the head reads of the last block.
+            batch_size: B; None if the result must not depend on a batch, so that :meth:`fold` can store it.
+            reads: the rows of the last block that the head reads.
 
         Returns:
             A pytree, the `state` of :meth:`run`.
@@ -99,19 +99,20 @@ class PromptModel(nn.Module, ABC):
         on_block: OnBlock | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, int]:
-        """Run tokens through the blocks; a function of `state` alone, so that a folded model needs no prompts.
+        """Run tokens through the blocks. Prompts come only from `state`, so that a folded model needs none.
 
         Args:
             base: the timm model.
-            state: what :meth:`prepare` returned.
-            x: [B, N, D], as they enter block 0.
+            state: the result of :meth:`prepare`.
+            x: [B, N, D], the input of block 0.
             ropes: each block's rotary embedding or None.
-            reads: what the head reads of the last block; other rows of it need not be computed.
+            reads: the rows of the last block that the head reads; other rows need not be computed.
             on_block: called before each block.
-            depth: stop after so many blocks; None for all.
+            depth: the number of blocks to run; None for all.
 
         Returns:
-            What `reads` asked for ([B, R, D] rows, [B, D] mean, or all rows), and the number of prompts among all rows.
+            The output selected by `reads` ([B, R, D] rows, [B, D] mean, or all rows), and the number of prompts among
+            all rows.
         """
 
     @property
@@ -121,7 +122,7 @@ class PromptModel(nn.Module, ABC):
 
     @property
     def pool(self) -> Pool:
-        """What the head reads: "backbone", "all", "image" or "prompt"."""
+        """The input of the head: "backbone", "all", "image" or "prompt"."""
         return self.config.pool
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | PromptOutput:
@@ -141,8 +142,8 @@ class PromptModel(nn.Module, ABC):
     def forward_features(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> all tokens after the final norm, [B, N, D], for `forward_head`.
 
-        Prompts are among them, after the prefix tokens, only where `pool` averages them ("all", "prompt"). Computes
-        every row of the last block, so calling the model itself is cheaper.
+        They include prompts, after the prefix tokens, only if `pool` averages them ("all", "prompt"). Every row of the
+        last block is computed, so calling the model itself is cheaper.
         """
         x, carried = self._all_rows(images, "forward_features")
         if self.pool not in ("all", "prompt"):
@@ -176,15 +177,15 @@ class PromptModel(nn.Module, ABC):
 
         Args:
             images: [B, C, h, w].
-            indices: the last so many blocks if an int, these blocks if a list, all if None.
+            indices: a list of blocks, an int n for the last n blocks, or None for all.
             return_prefix_tokens: also return each block's prefix tokens.
             norm: apply the final norm to each.
-            stop_early: run no further than the last block asked for.
+            stop_early: do not run the blocks after the last requested one.
             output_fmt: "NCHW" for [B, D, H', W'] maps, "NLC" for [B, N, D] rows.
             intermediates_only: leave out the final features.
 
         Returns:
-            (final tokens [B, N, D], list of features), or the list alone.
+            (final tokens [B, N, D], list of features), or only the list.
         """
         caller = "forward_intermediates"
         if output_fmt not in ("NCHW", "NLC"):
@@ -211,15 +212,15 @@ class PromptModel(nn.Module, ABC):
         return features if intermediates_only else (base.norm(x), features)
 
     def fold(self) -> FoldedPromptModel:
-        """Return an inference-only module in which everything that depends on no image is a constant.
+        """Return an inference-only module in which everything that does not depend on the images is a constant.
 
-        It shares the backbone and the head with this model, which it puts into eval mode, and keeps the prompts' keys
-        and values as they are now: fold again after further training.
+        It shares the backbone and the head with this model, puts them into eval mode, and stores the prompts' current
+        keys and values: fold again after further training.
         """
         return FoldedPromptModel(self)
 
     def train(self, mode: bool = True) -> PromptModel:
-        """Set the mode of prompts and head; the frozen backbone stays in eval mode without `backbone_train_mode`."""
+        """Set the mode of prompts and head; the frozen backbone follows only with `backbone_train_mode`."""
         super().train(mode)
         if not self.config.backbone_train_mode:
             self.base.eval()
@@ -228,11 +229,11 @@ class PromptModel(nn.Module, ABC):
         return self
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the parameters that train: prompts, head, and what else the method trains."""
+        """Return the trained parameters: prompts, head, and others of the method."""
         return (p for p in self.parameters() if p.requires_grad)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
+        """Print the numbers of trainable and of all parameters."""
         trainable = sum(p.numel() for p in self.trainable_parameters())
         total = sum(p.numel() for p in self.parameters())
         print(
@@ -253,7 +254,7 @@ class PromptModel(nn.Module, ABC):
 
 
 class FoldedPromptModel(nn.Module):
-    """A `PromptModel` for inference: prompts are constants; made by :meth:`PromptModel.fold`."""
+    """A `PromptModel` for inference: prompts are constants; created by :meth:`PromptModel.fold`."""
 
     base: Backbone
 
@@ -267,7 +268,7 @@ class FoldedPromptModel(nn.Module):
         self._reads = model._head_input()
         with torch.no_grad():
             state = model.prepare(None, self._reads)
-        # Tensors become buffers, so that they follow `.to()`; what else the state holds is kept as it is.
+        # Tensors become buffers, so that they follow `.to()`; other values are stored unchanged.
         self._leaves, self._structure = pytree.tree_flatten(state)
         for i, leaf in enumerate(self._leaves):
             if isinstance(leaf, Tensor):
@@ -289,7 +290,7 @@ class FoldedPromptModel(nn.Module):
         """Raise RuntimeError for `mode` True: the prompts are constants here."""
         if mode:
             raise RuntimeError(
-                "a folded model is for inference: its prompts are constants; train the PromptModel it was made of, "
+                "a folded model is for inference: its prompts are constants; train the PromptModel it was made from, "
                 "then call `fold()` again"
             )
         super().train(False)
@@ -297,13 +298,13 @@ class FoldedPromptModel(nn.Module):
 
 
 def _block_indices(indices: int | list[int] | None, depth: int, caller: str) -> set[int]:
-    """Return the blocks that timm's `indices` ask for."""
+    """Return the blocks selected by timm's `indices`."""
     if indices is None:
         return set(range(depth))
     if isinstance(indices, int):
         if not 1 <= indices <= depth:
             raise ValueError(
-                f"`{caller}`: `indices` must ask for the last 1 to {depth} blocks; got {indices}"
+                f"`{caller}`: `indices` must be a list, or 1 to {depth} for the last blocks; got {indices}"
             )
         return set(range(depth - indices, depth))
     if not indices or not all(isinstance(i, int) and -depth <= i < depth for i in indices):

@@ -51,10 +51,10 @@ def map_classes(
     """Map classes to prompts by their mean features.
 
     Args:
-        means: [C, D]; rows of classes without an image are not read.
+        means: [C, D]; rows of classes without an image are ignored.
         counts: [C], images of each class.
         centroids: [k, D] of the last map; None starts at random classes.
-        prompts: k. With as many classes as prompts, or fewer, the map is the identity.
+        prompts: k. If there are no more classes than prompts, the map is the identity.
         norm: applied to the class features first.
         generator: draws the first centroids, and the prompts of classes without an image.
 
@@ -72,7 +72,7 @@ def map_classes(
     if centroids is None:
         if len(features) < prompts:
             raise ValueError(
-                f"class map: {len(features)} classes have images and {prompts} prompts need as many to start from; "
+                f"class map: {prompts} prompts need as many classes with images; got {len(features)}; "
                 "use more images or fewer proxy prompts"
             )
         first = torch.randperm(len(features), generator=generator)[:prompts]

@@ -1,9 +1,9 @@
 """CVPT: every token attends to a block's prompts, by the block's own frozen attention weights.
 
-Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025. Nothing but prompts is added: the four maps are those of
-the block's self-attention. As prompts depend on no image they are folded through these maps once for the whole batch,
-if that is cheaper (:func:`fastprompt.ops.choose_form`); under prompt dropout each image has its own prompts, and they
-take the direct form. Without shortcuts all prompts are expanded to the batch and take it.
+Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025. The prompts are the only new parameters: the four maps are
+those of the block's self-attention. Prompts do not depend on the images, so they are folded into these maps once for
+the whole batch if that is cheaper (:func:`fastprompt.ops.choose_form`). Under prompt dropout each image has its own
+prompts, and the direct form runs. Without shortcuts all prompts are expanded to the batch, and the direct form runs.
 """
 
 from __future__ import annotations
@@ -102,12 +102,12 @@ def _reason(block: TimmBlock) -> str | None:
     """Return why the weights of this block's self-attention do not define a cross-attention, or None."""
     if isinstance(block, ResPostBlock):
         return (
-            f"{class_path(block)} norms after its branches, for which CVPT's insertion places are not defined"
+            f"{class_path(block)} normalizes after its branches, so CVPT's insertion positions are undefined"
         )
     attn = blocks.attention_of(block)
     for name in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, name), nn.Identity):
-            return f"{class_path(attn)} has `{name}`, and CVPT's cross-attention is defined without"
+            return f"{class_path(attn)} has `{name}`, for which CVPT's cross-attention is not defined"
     if getattr(attn, "gate", None) is not None:
-        return f"{class_path(attn)} has an output gate, and CVPT's cross-attention is defined without"
+        return f"{class_path(attn)} has an output gate, for which CVPT's cross-attention is not defined"
     return None

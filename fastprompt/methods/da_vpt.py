@@ -2,8 +2,8 @@
 
 Ren et al., "DA-VPT: Semantic-Guided Visual Prompt Tuning for Vision Transformers", CVPR 2025. At the input of each
 guided block the mean of the patches and the class token (or its query or key) are compared with the block's prompts.
-Prompts are keys and values alone, as in VPT-Deep: the loss needs block inputs, which are there anyway, and no row of
-a prompt is computed.
+As in VPT-Deep, prompts are only keys and values: the loss needs block inputs, which are computed anyway, but no prompt
+row of a block's output.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DAVPTModel(VPTModel):
     """
 
     config_class: ClassVar[type[PromptConfig]] = DAVPTConfig
-    config: DAVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
+    config: DAVPTConfig  # type: ignore[assignment]  # `VPTModel` uses VPTConfig only in methods replaced here
 
     prompt_norm: nn.LayerNorm | None
     class_to_prompt: Tensor
@@ -55,17 +55,17 @@ class DAVPTModel(VPTModel):
         first, last = config.guided_blocks
         if last >= len(base_blocks):
             raise ValueError(
-                f"DAVPTConfig: `guided_blocks` must lie in 0..{len(base_blocks) - 1}, the model's blocks; "
+                f"DAVPTConfig: `guided_blocks` must be in 0..{len(base_blocks) - 1}, the model's blocks; "
                 f"got {config.guided_blocks}"
             )
         if base.num_classes < 1:
             raise ValueError(
-                "DAVPTConfig: the metric loss needs classes, and the model has no head; "
+                "DAVPTConfig: the metric loss needs classes, but the model has no head; "
                 "build it with num_classes=..."
             )
         if config.class_weight > 0 and base.cls_token is None:
             raise NotImplementedError(
-                "DA-VPT: the class feature needs a class token, and this model has none; set class_weight=0"
+                "DA-VPT: the class feature needs a class token, but this model has none; set class_weight=0"
             )
         for i in range(first, last + 1):
             _check_widths(config, base_blocks[i], i)
@@ -88,11 +88,11 @@ class DAVPTModel(VPTModel):
         )
         if config.prompt_norm == "layer":
             self.prompt_norm = nn.LayerNorm(width, eps=EPS, device=like.device, dtype=like.dtype)
-        # Until a map is fitted, classes take turns; with as many prompts as classes that is the identity.
+        # Until a map is fitted, class c has prompt c modulo P_g: the identity with as many prompts as classes.
         classes = torch.arange(base.num_classes, device=like.device)
         self.register_buffer("class_to_prompt", classes % proxies)
         self.register_buffer("class_centroids", like.new_full((proxies, width), torch.nan))
-        # What an epoch has seen of each class; of no use to a later run.
+        # Sums over the current epoch, by class; not saved, because a later run does not need them.
         wide = accumulation_dtype(like.dtype)
         sums = torch.zeros(base.num_classes, width, device=like.device, dtype=wide)
         self.register_buffer("class_sums", sums, persistent=False)
@@ -102,7 +102,7 @@ class DAVPTModel(VPTModel):
 
     @property
     def proxies(self) -> int:
-        """Number of prompts that stand for classes."""
+        """Number of prompts that are proxies of classes."""
         return len(self.class_centroids)
 
     def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:
@@ -116,7 +116,7 @@ class DAVPTModel(VPTModel):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | PromptOutput:
         """images [B, C, h, w] -> logits [B, classes]; with `labels` [B], a :class:`PromptOutput` with the metric loss.
 
-        In train mode with `labels`, the features of each class are kept for :meth:`update_class_map`.
+        In train mode with `labels`, the features of each class are collected for :meth:`update_class_map`.
 
         Raises ValueError or TypeError if the model does not take these images or labels.
         """
@@ -146,11 +146,11 @@ class DAVPTModel(VPTModel):
         """Map classes to prompts by k-means over the frozen backbone's mean feature of each class.
 
         Args:
-            loader: yields (images [B, C, h, w], labels [B]); read until each class has its images, or to the end.
-            images_per_class: how many images of each class are averaged.
+            loader: yields (images [B, C, h, w], labels [B]); read until each class has enough images, or to the end.
+            images_per_class: number of images of each class to average.
 
         Returns:
-            Whether `class_to_prompt` was changed (a map of all classes to one prompt is not used).
+            Whether `class_to_prompt` was changed (a map of all classes to one prompt is discarded).
 
         Raises:
             ValueError, TypeError: the model does not take these images or labels, or fewer classes have images than
@@ -180,7 +180,7 @@ class DAVPTModel(VPTModel):
 
     @torch.no_grad()
     def update_class_map(self) -> bool:
-        """Map classes anew by their mean features in the tuned model; call it after an epoch of training.
+        """Update the class map with the mean features of the tuned model; call it after an epoch of training.
 
         The means are taken over the training forwards with labels since the last call; all processes of a distributed
         run must call it together. Returns whether `class_to_prompt` was changed.
@@ -193,7 +193,7 @@ class DAVPTModel(VPTModel):
     def _map_classes(self, *, first: bool) -> bool:
         if not self.class_counts.any():
             raise ValueError(
-                "class map: no image has been seen; train with `labels`, or pass a loader that has images"
+                "class map: there are no images; train with `labels`, or pass a loader with images"
             )
         found = map_classes(
             self.class_sums / self.class_counts.clamp(min=1).unsqueeze(1),
@@ -213,7 +213,7 @@ class DAVPTModel(VPTModel):
         return changed
 
     def _losses(self, i: int, x: Tensor, carried: int, proxy_of_image: Tensor) -> list[Tensor]:
-        """The weighted losses of guided block i, whose input is x [B, N + carried, D]."""
+        """Return the weighted losses of guided block i, whose input is x [B, N + carried, D]."""
         config, base = self.config, self.base
         block = backbone.blocks_of(base)[i]
         prompts = self.norm_prompts(self.prompts[i])
@@ -244,12 +244,12 @@ class DAVPTModel(VPTModel):
 
 
 def _earlier(labels: Tensor) -> Tensor:
-    """Return how many of the labels [B] before each one are the same."""
+    """Return, for each of the labels [B], how many equal labels precede it."""
     return (labels.unsqueeze(1) == labels).tril(-1).sum(1)
 
 
 def block_view(block: TimmBlock, rows: Tensor, kind: View) -> Tensor:
-    """Return rows [..., D] at the block's input, themselves ("cls", "prompt") or as the block's queries or keys."""
+    """Return rows [..., D] of the block's input unchanged ("cls", "prompt") or as the block's queries or keys."""
     if kind in ("cls", "prompt"):
         return rows
     adapter, attention = vit.adapters(block)
@@ -261,7 +261,7 @@ def block_view(block: TimmBlock, rows: Tensor, kind: View) -> Tensor:
 
 
 def _check_widths(config: DAVPTConfig, block: TimmBlock, i: int) -> None:
-    """Refuse to compare rows of the model's width with projections of another (`attn_head_dim`)."""
+    """Raise an error if features and proxies differ in width (a model with `attn_head_dim`)."""
     weights = vit.adapters(block)[1].weights(blocks.attention_of(block))
     if weights is None or weights.q_weight.shape[0] == weights.q_weight.shape[1]:
         return
@@ -276,7 +276,7 @@ def _check_widths(config: DAVPTConfig, block: TimmBlock, i: int) -> None:
 
 
 def _draw(like: Tensor, *shape: int) -> Tensor:
-    """Xavier-uniform over the whole tensor, divided by 8."""
+    """Initialize Xavier-uniform over the whole tensor, divided by 8."""
     if 0 in shape:
         return like.new_empty(shape)
     with torch.no_grad():
@@ -284,9 +284,9 @@ def _draw(like: Tensor, *shape: int) -> Tensor:
 
 
 def _train_biases(base: Backbone) -> None:
-    """DA-VPT+: let the class token, norm1 and the biases of k, v, proj, fc2 and norm2 train, found by name.
+    """DA-VPT+: make the class token, norm1 and the biases of k, v, proj, fc2 and norm2 trainable.
 
-    By name, as in the official code, so that "proj.bias" takes in the patch embedding's.
+    They are selected by name, as in the official code, so "proj.bias" includes that of the patch embedding.
     """
     for name, p in base.named_parameters():
         owner, _, last = name.rpartition(".")

@@ -1,8 +1,8 @@
-"""GateVPT: shallow prompts whose way from block to block is gated, and a softmax temperature for each block.
+"""GateVPT: shallow prompts whose updates are gated, and a softmax temperature for each block.
 
 Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023. After block i the
 prompt rows become gate_i · prompt_out + (1 - gate_i) · prompt_in, and block i divides its scores by temperature_i.
-Prompts differ from image to image from block 0 on, so they stand in the sequence; the last block's shortcuts apply.
+After block 0 prompts differ from image to image, so they are rows of the sequence; the last block's shortcuts apply.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GateVPTModel(VPTModel):
     """
 
     config_class: ClassVar[type[PromptConfig]] = GateVPTConfig
-    config: GateVPTConfig  # type: ignore[assignment]  # `VPTModel` reads a VPTConfig in methods replaced here alone
+    config: GateVPTConfig  # type: ignore[assignment]  # `VPTModel` uses VPTConfig only in methods replaced here
 
     gate_logits: nn.Parameter
     temperature: Tensor | None
@@ -53,8 +53,8 @@ class GateVPTModel(VPTModel):
     def prepare(self, batch_size: int | None, reads: HeadInput) -> VPTState:
         temperature = self.temperature
         if isinstance(temperature, nn.Parameter):
-            # A projection, in place: a value outside moves to the edge and gets its gradient there. Through `data`, so
-            # that a second forward before the backward does not invalidate the first.
+            # Clamp in place, so that the gradient is that at the clamped value. Through `data`, so that a second
+            # forward before the backward does not invalidate the first.
             temperature.data.clamp_(*self.config.temperature_range)
         state = super().prepare(batch_size, reads)
         temperatures = () if temperature is None else temperature.unbind(0)

@@ -1,4 +1,4 @@
-"""The proxy losses of DA-VPT: features of images are drawn to the prompt of their class and pushed from the others.
+"""The proxy losses of DA-VPT: pull image features to the prompt of their class and push them from the others.
 
 Proxy-Anchor (Kim et al., CVPR 2020) and Proxy-NCA in the form of DA-VPT's official code (Ren et al., CVPR 2025).
 """
@@ -49,5 +49,5 @@ def proxy_loss(
 
 
 def _log1p_sum_exp(x: Tensor, dim: int) -> Tensor:
-    """log(1 + Σ exp(x)) over `dim`; 0 where every x is -inf."""
+    """Return log(1 + Σ exp(x)) over `dim`; 0 where every x is -inf."""
     return F.pad(x, (0, 0, 1, 0) if dim == 0 else (1, 0)).logsumexp(dim)

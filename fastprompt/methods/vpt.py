@@ -1,9 +1,9 @@
 """Visual Prompt Tuning: shallow, deep and partial deep (Jia et al., ECCV 2022), with the exact shortcuts.
 
-In the official code prompts are rows of the sequence. A block with its own prompts cuts the previous block's prompt
-rows out, so a block's results for its prompt rows are read only if the next block carries them on or the head averages
-them. All other prompts are keys and values here, prepared once for the whole batch; prompts stand in the sequence only
-from the block on whose prompt rows are read. Without shortcuts every block's prompts stand in it.
+In the official code prompts are rows of the sequence. A block with its own prompts removes the previous block's prompt
+rows, so prompt rows of a block's output are used only if the next block carries them on or the head averages them. All
+other prompts are only keys and values here, prepared once for the whole batch; prompts are rows of the sequence from
+the first block whose prompt rows are used. Without shortcuts they are rows of every block.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastprompt.methods.base import OnBlock, PromptModel
 
 
 class VPTState(NamedTuple):
-    """Prepared prompts: for each block as keys and values, or as rows that replace the carried ones, or None.
+    """Prepared prompts: for each block keys and values, or rows that replace the carried ones, or None.
 
-    GateVPT adds a temperature for each block and a gate for the first of them, DA-VPT `masked` prompt rows.
+    GateVPT adds a temperature for each block and gates for the first blocks, DA-VPT `masked` prompt rows.
     """
 
     prompts: tuple[BlockPrompts | None, ...]
@@ -39,7 +39,7 @@ class VPTModel(PromptModel):
     """A timm model with prompts as tokens; see the module's text.
 
     Attributes:
-        prompted: how many blocks, from the first on, have prompts of their own.
+        prompted: the number of blocks, from the first, that have their own prompts.
         prompt_project: `Linear` from `config.project` to the model's width, or None.
     """
 
@@ -84,7 +84,7 @@ class VPTModel(PromptModel):
 
     @property
     def _carry_from(self) -> int | None:
-        """The block from which on prompts stand in the sequence because somebody reads their rows, or None."""
+        """The first block whose prompts are rows of the sequence because their outputs are used, or None."""
         reads_prompts = self.pool in ("all", "prompt")
         if self.config.num_prompts == 0 or not (self.prompted < len(self.base.blocks) or reads_prompts):
             return None
@@ -148,17 +148,17 @@ class VPTModel(PromptModel):
     def prompts_of(self, block: int, batch_size: int | None) -> Tensor:
         """Return the prompts that enter `block`, one of the first `prompted`.
 
-        They are [P, D], or [B, P, D] under prompt dropout, which each image draws for itself.
+        They are [P, D], or [B, P, D] under prompt dropout, which differs by image.
         """
         p = self.prompts[block if len(self.prompts) > 1 else 0]
         if self.prompt_project is not None:
             p = self.prompt_project(p)
-        # Prompts may be kept in float32 beside a bfloat16 backbone.
+        # Prompts may be float32 with a bfloat16 backbone.
         p = self.norm_prompts(p).to(next(self.base.parameters()).dtype)
         if self.config.dropout > 0 and self.training and batch_size is not None:
             p = F.dropout(p.expand(batch_size, -1, -1), self.config.dropout)
         return p
 
     def norm_prompts(self, p: Tensor) -> Tensor:
-        """Return prompts [P, D] as they enter the model; DA-VPT norms them."""
+        """Return prompts [P, D] as they enter the model; DA-VPT normalizes them."""
         return p

@@ -1,4 +1,4 @@
-"""The operations. Each file holds the specification of one, its operator and its default implementation."""
+"""The operations. Each has a file with its specification, its operator and its default implementation."""
 
 from fastprompt.ops.folded_cross_attention import (
     FoldedPrompts,

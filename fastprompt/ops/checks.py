@@ -1,4 +1,4 @@
-"""Checks of arguments that the operations share."""
+"""Argument checks shared by the operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backends, their kernels, and which of them runs a call.
+"""The backends, their kernels, and the choice of one for each call.
 
 A backend is a set of kernels for the operations in this folder:
 
@@ -7,10 +7,10 @@ A backend is a set of kernels for the operations in this folder:
 - ``cpu``:    C++ kernels of the compiled extension, for CPU tensors.
 - ``eager``:  PyTorch's own operators; supports every device and is the fallback of ``auto``.
 
-``auto`` takes the first backend of that list that can run the call, except for Triton's interpreter and for kernels
-registered as not automatic because they have yet to prove faster. A backend asked for by name never falls back: it runs
-the call or raises with its reason. The request is, in this order, the ``backend`` argument of an operation (or of
-:func:`fastprompt.replace_attention`), :func:`use_backend`, or the variable ``FASTPROMPT_BACKEND``.
+``auto`` selects the first backend of that list that can run the call, except for Triton's interpreter and for kernels
+registered as not automatic because they have not been shown to be faster. A backend requested by name never falls back:
+it runs the call or raises with the reason. The request is, in this order, the ``backend`` argument of an operation (or
+of :func:`fastprompt.replace_attention`), :func:`use_backend`, or the variable ``FASTPROMPT_BACKEND``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Kernel:
     Attributes:
         run: run the operation.
         can_run: for the same arguments, return why `run` cannot run them, or None.
-        automatic: "auto" may take it; otherwise it must be asked for by name.
-        fuses_norm: with a norm it is one pass over the sequence, not two.
+        automatic: whether "auto" may select it; otherwise it must be requested by name.
+        fuses_norm: whether it computes a norm in the same pass over the sequence.
     """
 
     run: Callable[..., Any]
@@ -57,10 +57,10 @@ class Backend:
     """One backend in this process.
 
     Attributes:
-        why_unavailable: return why it can run nothing in this process, or None.
-        is_automatic: return whether "auto" may take it.
-        on_missed: called when "auto" would have taken it, were it available.
-        kernels: by operation.
+        why_unavailable: return why it is not available in this process, or None.
+        is_automatic: return whether "auto" may select it.
+        on_missed: called if "auto" would select it but it is not available.
+        kernels: the kernels by operation.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Backend:
         return tuple(self.kernels)
 
     def automatic_kernel(self, operation: str) -> Kernel | None:
-        """Return the kernel for `operation` that "auto" may take, available or not."""
+        """Return the kernel for `operation` that "auto" may select, available or not."""
         kernel = self.kernels.get(operation)
         return kernel if kernel is not None and kernel.automatic and self.is_automatic() else None
 
@@ -108,10 +108,10 @@ def backends() -> BackendTable:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation inside the context by backend `name` ("auto" lifts an outer request).
+    """Run every operation inside the context by backend `name` ("auto" overrides an outer request).
 
-    Process-wide, like ``FASTPROMPT_BACKEND``, so that a backward inside the context obeys too. A `backend` argument
-    that names a backend overrides it.
+    Applies to the whole process, like ``FASTPROMPT_BACKEND``, because the backward runs in other threads. A `backend`
+    argument that names a backend overrides it.
 
     Raises:
         ValueError: `name` is not "auto" or one of `BACKENDS`.
@@ -133,7 +133,7 @@ def check_name(name: str, caller: str) -> None:
 
 
 def requested(backend: str = AUTO) -> str:
-    """Return the backend that a call asks for: its own argument, else the context's or the environment's."""
+    """Return the backend requested for a call: by its argument, else by the context or the environment."""
     name = _request if backend == AUTO else backend
     check_name(name, "backend" if backend != AUTO else "FASTPROMPT_BACKEND")
     return name
@@ -143,13 +143,13 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
     """Return the backend and the kernel that run `operation` on `args`.
 
     Raises:
-        NotImplementedError: `backend` is asked for by name and cannot run the call; the message says why.
+        NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
     """
     if backend != AUTO:
         reason = why_not(operation, backend, *args)
         if reason is not None:
             raise NotImplementedError(
-                f"`{operation}`: backend {backend!r} was asked for by name and cannot run this call: {reason}; "
+                f"`{operation}`: backend {backend!r} was requested by name and cannot run this call: {reason}; "
                 "use backend 'auto' or 'eager'"
             )
         return backend, _backends[backend].kernels[operation]
@@ -181,8 +181,8 @@ def explain(operation: str, *args: Any) -> dict[str, str | None]:
 
 
 def auto_is_eager(operation: str, tensor: torch.Tensor) -> bool:
-    """Return whether "auto" runs `operation` on first arguments like `tensor` by `eager`."""
-    # As a power of two the width is a constant to the compiler, also where it traces a symbol.
+    """Return whether "auto" selects `eager` for calls of `operation` whose first argument is like `tensor`."""
+    # A power of two makes the width a constant for the compiler, even if it traces symbolic sizes.
     width = next((w for w in (64, 128, 256) if tensor.shape[-1] <= w), 512)
     return _auto_is_eager(operation, tensor.device, tensor.dtype, width)
 
@@ -200,7 +200,7 @@ def _auto_is_eager(operation: str, device: torch.device, dtype: torch.dtype, wid
 def has_fused_kernel(operation: str, tensor: torch.Tensor) -> bool:
     """Return whether a kernel may run `operation` and its norm in one pass for `tensor`.
 
-    Where none does, a norm of its own costs the same.
+    If none does, a separate norm costs the same.
     """
     backend = requested()
     return (backend != AUTO or tensor.is_cuda) and _fuses_norm(operation, backend)
@@ -233,7 +233,7 @@ def register_triton(
 
 
 class _TritonKernel(Kernel):
-    """A launcher that is imported when a call first asks for it."""
+    """A launcher that is imported on first use."""
 
     def __init__(self, module: str, function: str, automatic: bool, fuses_norm: bool) -> None:
         self.module, self.function = module, function
@@ -249,7 +249,7 @@ class _TritonKernel(Kernel):
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Return why the backend `triton` can run nothing in this process, or None."""
+    """Return why the backend `triton` is not available in this process, or None."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -258,7 +258,7 @@ def why_no_triton() -> str | None:
 
 
 def _triton_is_automatic() -> bool:
-    # The interpreter is for checking kernels, a thousand times slower than any other backend.
+    # The interpreter, which only checks kernels, is a thousand times slower than any other backend.
     return why_no_triton() is None and not _import_triton("launch").INTERPRETED
 
 

@@ -1,10 +1,10 @@
-"""CVPT's cross-attention with its prompts folded through the attention's weights.
+"""CVPT's cross-attention with its prompts folded into the attention's weights.
 
     out = softmax_h(x·Aᵀ + a)·V' + b_proj
 
-is a two-layer MLP of hidden width H·P whose activation is a softmax per head. CVPT (Huang et al., ICCV 2025) puts it
-between attention and MLP, so one kernel may also add the residual and compute the LayerNorm that enters the MLP.
-:mod:`fastprompt.ops.prompt_cross_attention` computes A, a and V' and chooses this form where it takes fewer operations.
+is a two-layer MLP of hidden width H·P whose activation is a softmax per head. CVPT (Huang et al., ICCV 2025) inserts it
+between attention and MLP, so one kernel may also add the residual and compute the LayerNorm before the MLP.
+:mod:`fastprompt.ops.prompt_cross_attention` computes A, a and V' and selects this form if it takes fewer operations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class FoldedPrompts(NamedTuple):
-    """Prompts folded through the attention's weights.
+    """Prompts folded into the attention's weights.
 
     `key` [H, P, D], `bias` [H, P], `value` [H, P, D], and `out_bias` [D] or None.
     """
@@ -53,13 +53,13 @@ def folded_cross_attention(
 
     Args:
         x: [B, N, D]. Under autocast it keeps its dtype in the residual.
-        folded: what :func:`fastprompt.ops.fold_prompts` returns.
+        folded: the result of :func:`fastprompt.ops.fold_prompts`.
         residual: add x.
         norm: the LayerNorm that follows, or None; frozen.
         backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. The norm reads y as rounded to its
+        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. The norm acts on y rounded to its
         dtype and computes in float32 or better.
 
     Raises:
@@ -78,7 +78,7 @@ def folded_cross_attention(
 def folded_cross_attention_reference(
     x: Tensor, folded: FoldedPrompts, *, residual: bool = False, norm: Norm | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what :func:`folded_cross_attention` does: its specification, plain PyTorch in float32 or better."""
+    """Compute :func:`folded_cross_attention` in plain PyTorch, in float32 or better: the specification."""
     with torch.autocast(x.device.type, enabled=False):
         wide = accumulation_dtype(x.dtype)
         key, bias, value = (t.to(wide) for t in folded[:3])
@@ -106,16 +106,16 @@ def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) 
     if residual and value.shape[2] != x.shape[2]:
         raise ValueError(
             f"`folded_cross_attention`: with `residual`, `folded.value` must be [H, P, D={x.shape[2]}]; "
-            f"got {tuple(value.shape)}; leave `residual` out"
+            f"got {tuple(value.shape)}; omit `residual`"
         )
     others = {f"folded.{name}": tensor for name, tensor in folded._asdict().items()}
     check_devices_and_dtypes("folded_cross_attention", "x", x, others)
     check_norm("folded_cross_attention", norm, value.shape[2], x.device)
 
 
-# The operator. `x` may be in a wider dtype than the folded prompts (the residual stream under autocast): it enters
-# products in theirs. `y` is in theirs too, or with `residual` in the wider of both. `weights` [B, N, H, P] is the
-# softmax, for the backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
+# The operator. `x` may have a wider dtype than the folded prompts (the residual stream under autocast): products run in
+# theirs. `y` has theirs too, or with `residual` the wider of both. `weights` [B, N, H, P] is the softmax, for the
+# backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
 
 
 def _out_dtype(x: Tensor, key: Tensor, residual: bool) -> torch.dtype:
@@ -186,8 +186,8 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs`: whether dx, d(key), d(bias), d(value), d(out_bias) are read; the others are empty. Of the tensors,
-# those that these do not ask for are None. The norm's own gradient comes first, by `gated_blend_backward`.
+# `needs`: which of dx, d(key), d(bias), d(value), d(out_bias) are needed; the others are empty, and input tensors that
+# are not needed are None. `gated_blend_backward` computes the norm's gradient first.
 _BACKWARD = define_operator(
     "folded_cross_attention_backward(Tensor grad, Tensor? x, Tensor? key, Tensor? value, Tensor? weights, "
     "bool residual, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -204,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
     ctx.dtypes = [x.dtype, key.dtype, bias.dtype, value.dtype, None if out_bias is None else out_bias.dtype]
     needs = ctx.needs_input_grad
     if any(needs[:5]) and not keep:
-        raise ValueError("`folded_cross_attention`: `keep` must be True where an input trains")
+        raise ValueError("`folded_cross_attention`: `keep` must be True if an input requires a gradient")
     if eps is None:
         ctx.mark_non_differentiable(weights, normed, mean, rstd)
         norm: tuple[Tensor | None, ...] = (None,) * 4
@@ -225,9 +225,8 @@ def _backward(
 ) -> tuple[Any, ...]:
     if grad_y is None and grad_normed is None:
         return (None,) * 11
-    saved = (
-        ctx.saved_tensors
-    )  # read once: gradient checkpointing computes them anew for the first reading alone
+    # Read only once: under gradient checkpointing a second access fails.
+    saved = ctx.saved_tensors
     grad = grad_y
     if grad_normed is not None:
         grad, _d_prompt, _d_gate = torch.ops.fastprompt.gated_blend_backward(
@@ -248,8 +247,8 @@ autocast(_OPERATOR, cast=(1, 2, 3, 4))
 
 # The backend `eager` --------------------------------------------------------------------------------------------
 #
-# PyTorch's CPU softmax is slow on short rows: over [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4, the
-# passes below 0.6 and 0.5 (Xeon with AVX-512, one thread). On other devices it is one kernel instead of many.
+# PyTorch's CPU softmax is slow on short rows: on [1576, 12, 10] in float32 it takes 3.7 ms and its backward 1.4; the
+# code below takes 0.6 and 0.5 (Xeon with AVX-512, one thread). On other devices it is one kernel instead of many.
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -340,8 +339,8 @@ def _backward_eager(
 
 dispatch.register("folded_cross_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("folded_cross_attention_backward", "eager", _backward_eager, dispatch.always)
-# Not automatic: the products are large enough for the library, every program of the fused kernel reads both matrices
-# again, and nobody has measured yet that it is faster.
+# Not automatic: the products are large enough for the library, and every program of the fused kernel reads both
+# matrices again. It has not been shown to be faster.
 dispatch.register_triton(
     "folded_cross_attention", "folded_cross_attention", "forward", automatic=False, fuses_norm=True
 )

@@ -1,10 +1,10 @@
-"""Gated prompt blending: a residual add that blends the prompt rows with the prompts that entered the block.
+"""Gated prompt blending: a residual add that blends the prompt rows with those of the block's input.
 
     y = x + delta;   y[:, start : start + length] = gate · y[:, ...] + (1 - gate) · prompt_in
 
-GateVPT (Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023): a block
-passes on `gate` of its update of the prompts. As y = prompt_in + Δ on those rows, this is a gated residual. With a
-norm, one kernel also computes LayerNorm(y), the input of the next block.
+GateVPT (Yoo et al., "Improving Visual Prompt Tuning for Self-supervised Vision Transformers", ICML 2023) scales a
+block's update of the prompts by `gate`: a gated residual. With a norm, one kernel also computes LayerNorm(y), the input
+of the next block.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def gated_blend(
 
     Args:
         x, delta: [B, N, D]; N counts prefix, prompt and patch rows.
-        prompt_in: [B, P, D], P = `length`: the prompt rows that entered the block.
+        prompt_in: [B, P, D], P = `length`: the prompt rows of the block's input.
         gate: one-element tensor, sigmoid(logit) in GateVPT; any floating dtype, computed in float32 or better.
         start, length: the prompt rows among the N.
         norm: the LayerNorm that follows, or None; frozen.
         backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        y [B, N, D], contiguous, in x's dtype, and LayerNorm(y) likewise, or None without a norm. The norm reads y as
+        y [B, N, D], contiguous, in x's dtype, and LayerNorm(y) likewise, or None without a norm. The norm acts on y
         rounded to that dtype and computes in float32 or better.
 
     Raises:
@@ -84,7 +84,7 @@ def gated_blend_reference(
     *,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what :func:`gated_blend` does: its specification, plain PyTorch in float32 or better, autocast off."""
+    """Compute :func:`gated_blend` in plain PyTorch, in float32 or better, autocast off: the specification."""
     with torch.autocast(x.device.type, enabled=False):
         wide = accumulation_dtype(x.dtype)
         out = x.to(wide) + delta.to(wide)
@@ -104,7 +104,7 @@ def _check(
         fail(f"`x` and `delta` must both be [B, N, D]; got {tuple(x.shape)} and {tuple(delta.shape)}")
     B, N, D = x.shape
     if start < 0 or length < 0 or start + length > N:
-        fail(f"rows start={start} .. start+length={start + length} do not lie within N={N}")
+        fail(f"rows start={start} .. start+length={start + length} must be within N={N}")
     if prompt_in.shape != (B, length, D):
         fail(
             f"`prompt_in` must be [B, length, D] = {(B, length, D)}; got {tuple(prompt_in.shape)}; expand it"
@@ -146,9 +146,9 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=no_flops,
 )
-# One of the two gradients may be None. `y`, `mean`, `rstd` and `weight` are for `grad_normed`, `difference` [B, length,
-# D] = x + delta - prompt_in on the prompt rows is for d(gate). Without a gate this is the gradient of the norm alone.
-# `needs`: whether d(x) = d(delta), d(prompt_in) and d(gate) are read; the others are empty.
+# One of the two gradients may be None. `y`, `mean`, `rstd` and `weight` are for `grad_normed`; `difference` [B, length,
+# D] = x + delta - prompt_in on the prompt rows is for d(gate). Without a gate this is the gradient of the norm only.
+# `needs`: which of d(x) = d(delta), d(prompt_in) and d(gate) are needed; the others are empty.
 _BACKWARD = define_operator(
     "gated_blend_backward(Tensor? grad_y, Tensor? grad_normed, Tensor? y, Tensor? mean, Tensor? rstd, Tensor? weight, "
     "Tensor? gate, Tensor? difference, SymInt start, SymInt length, bool[] needs, str backend) "
@@ -165,7 +165,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
     ctx.start, ctx.length, ctx.backend = start, length, backend
     difference = None
     if ctx.needs_input_grad[3]:
-        # P rows computed again here, so that neither x nor delta is kept alive for one scalar's gradient.
+        # Recompute P rows, so that neither x nor delta is saved for one scalar's gradient.
         difference = x.narrow(1, start, length) + delta.narrow(1, start, length) - prompt_in
     if eps is None:
         ctx.mark_non_differentiable(normed, mean, rstd)

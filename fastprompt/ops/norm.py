@@ -1,4 +1,4 @@
-"""The LayerNorm that an operation may compute of its own output, in the same pass over the sequence."""
+"""The LayerNorm that an operation may apply to its output, in the same pass over the sequence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Norm(NamedTuple):
 
 
 def check_norm(caller: str, norm: Norm | None, width: int, device: torch.device) -> None:
-    """Raise in the name of `caller` unless weight and bias of `norm` are frozen, and [width] or None."""
+    """Raise an error that names `caller` unless weight and bias of `norm` are frozen, and [width] or None."""
     for name in ("weight", "bias") if norm is not None else ():
         tensor = getattr(norm, name)
         if tensor is None:
@@ -36,20 +36,20 @@ def check_norm(caller: str, norm: Norm | None, width: int, device: torch.device)
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                f"`{caller}`: `norm.{name}` requires a gradient, which is not supported; detach it, or leave `norm` "
-                "out and call `torch.nn.functional.layer_norm`"
+                f"`{caller}`: `norm.{name}` requires a gradient, which is not supported; detach it, or omit `norm` "
+                "and call `torch.nn.functional.layer_norm`"
             )
 
 
 def layer_norm_reference(y: Tensor, norm: Norm) -> Tensor:
-    """LayerNorm of y [B, N, D] in float32 or better, returned in y's dtype: the specification."""
+    """Return the LayerNorm of y [B, N, D], computed in float32 or better, in y's dtype: the specification."""
     wide = accumulation_dtype(y.dtype)
     weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
     return F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm.eps).to(y.dtype)
 
 
 def empty_norm(y: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialized outputs of :func:`layer_norm` of y; without an `eps` there is no norm, and all have size 0."""
+    """Return uninitialized outputs for :func:`layer_norm` of y, of size 0 if `eps` is None (no norm)."""
     wide = accumulation_dtype(y.dtype)
     rows: tuple[int, ...] = (0,) if eps is None else y.shape[:-1]
     return (
@@ -62,7 +62,7 @@ def empty_norm(y: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
 def layer_norm(
     y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of y [B, N, D] in its dtype, and `mean` and `rstd` [B, N] in float32 or better."""
+    """Return the LayerNorm of y [B, N, D] in its dtype, and `mean` and `rstd` [B, N] in float32 or better."""
     if eps is None:
         return empty_norm(y, eps)
     wide = accumulation_dtype(y.dtype)
@@ -72,7 +72,7 @@ def layer_norm(
 
 
 def layer_norm_backward(grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient of y [B, N, D], in float32 or better."""
+    """Return the gradient of y [B, N, D], in float32 or better."""
     wide = mean.dtype
     weight = None if weight is None else weight.to(wide)
     return torch.ops.aten.native_layer_norm_backward(

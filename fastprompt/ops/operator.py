@@ -1,7 +1,7 @@
-"""How an operation becomes a PyTorch operator: its schema, gradient, and autocast, vmap and FLOP-counting rules.
+"""Define PyTorch operators: schema, gradient, and rules for autocast, vmap and FLOP counting.
 
-Schemas are defined here and nowhere else (a schema defined twice aborts the process). They have no default values: the
-dispatcher drops arguments equal to a default, and autograd formulas then miss them.
+Schemas are defined only here (a schema defined twice aborts the process). They have no default values: the dispatcher
+drops arguments equal to a default, and autograd formulas then do not get them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AUTOCAST_KEYS = {
 
 
 def define_operator(schema: str, *, fake: Callable[..., Any], flops: Callable[..., int]) -> Any:
-    """Define the operator of `schema`, whose last argument, ``str backend``, is the backend asked for.
+    """Define the operator of `schema`, whose last argument, ``str backend``, is the requested backend.
 
     The kernel is chosen when the operator runs (:mod:`fastprompt.ops.dispatch`).
 
@@ -59,14 +59,14 @@ def no_flops(*args: Any, **kwargs: Any) -> int:
 
 
 def register_gradient(op: Any, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Register the gradient of `op`; `setup` saves what `backward` reads."""
+    """Register the gradient of `op`; `setup` saves the tensors for `backward`."""
     torch.library.register_autograd(op._name, backward, setup_context=setup, lib=LIBRARY)
 
 
 def mark_as_backward(op: Any) -> None:
-    """Make differentiating `op`, a backward, raise, and keep autocast from changing its dtypes.
+    """Raise an error if `op`, a backward, is differentiated, and disable autocast for it.
 
-    A backward computes in the dtypes of its forward, also if it runs inside an autocast region.
+    A backward computes in the dtypes of its forward, even inside an autocast region.
     """
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -80,10 +80,10 @@ def mark_as_backward(op: Any) -> None:
 
 
 def autocast(op: Any, cast: Collection[int] = (), promote: Collection[int] = ()) -> None:
-    """Set what autocast does to the arguments of `op`.
+    """Set the autocast rule of `op`.
 
-    PyTorch's own rule for custom operators casts every tensor; gates and temperatures must stay as they are. Autocast
-    does not reach what the operator runs inside.
+    PyTorch's own rule for custom operators casts every tensor, but gates and temperatures must not be cast. Autocast is
+    off inside the operator.
 
     Args:
         cast: positions of arguments to cast to autocast's dtype, as for a matrix product.
@@ -121,7 +121,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # Autocast leaves float64 alone, and so do we.
+    # Autocast does not cast float64 either.
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
@@ -130,7 +130,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _loop_over_slices(op: Any) -> Callable[..., Any]:
     """Return a vmap rule that runs `op` once for each slice: exact, and as fast as a Python loop.
 
-    Many prompt sets in one call are what `prompt_index` is for; with this rule code written with vmap runs too.
+    For many prompt sets in one call use `prompt_index`; this rule lets code written with vmap run.
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

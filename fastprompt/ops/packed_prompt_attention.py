@@ -1,7 +1,7 @@
 """Prompt-augmented self-attention on packed queries, keys and values, the output of one projection.
 
 The same as :func:`fastprompt.ops.prompt_attention` on the three parts of `qkv`, but the gradient is written directly
-into one packed tensor; three tensors would have to be copied into one.
+into one packed tensor, which saves a copy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def packed_prompt_attention(
     """Return the attention of N tokens over themselves and prompts in one softmax.
 
     Args:
-        qkv: [B, N, 3, H, d], what ``attn.qkv`` returns, unflattened; any strides.
+        qkv: [B, N, 3, H, d], the unflattened output of ``attn.qkv``; any strides.
         prompt_k, prompt_v, scale, temperature, prompt_index, backend: as in :func:`fastprompt.ops.prompt_attention`.
 
     Returns:
@@ -116,7 +116,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs`: whether d(qkv), d(prompt_k), d(prompt_v), d(temperature) are read; the others are empty.
+# `needs`: which of d(qkv), d(prompt_k), d(prompt_v), d(temperature) are needed; the others are empty.
 _BACKWARD = define_operator(
     "packed_prompt_attention_backward(Tensor grad, Tensor qkv, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "

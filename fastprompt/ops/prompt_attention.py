@@ -1,4 +1,4 @@
-"""Prompt-augmented attention: image queries over image keys, then prompt keys, in one softmax.
+"""Prompt-augmented attention: image queries attend to image keys and prompt keys in one softmax.
 
     out = softmax([q·kᵀ ; q·k_pᵀ] · scale / temperature) · [v ; v_p]
 
@@ -49,7 +49,7 @@ def prompt_attention(
 
     Args:
         q: [B, Nq, H, d]; Nq may differ from N (for example one class-token row).
-        k, v: [B, N, H, d]; N may be 0, for attention over prompts alone.
+        k, v: [B, N, H, d]; N may be 0, for attention to prompts only.
         prompt_k, prompt_v: [P, H, d] shared by the batch, [B, P, H, d] one set per image, or, with `prompt_index`, a
             table [T, P, H, d]. P may be 0.
         scale: factor on q·k; default d**-0.5.
@@ -88,9 +88,9 @@ def prompt_attention_reference(
     temperature: Tensor | None = None,
     prompt_index: Tensor | None = None,
 ) -> Tensor:
-    """Return what :func:`prompt_attention` does: its specification, plain PyTorch in float32 or better, autocast off.
+    """Compute :func:`prompt_attention` in plain PyTorch, in float32 or better, autocast off: the specification.
 
-    [B, Nq, H, d] in q's dtype; differentiable any number of times.
+    Returns [B, Nq, H, d] in q's dtype; differentiable any number of times.
     """
     with torch.autocast(q.device.type, enabled=False):
         wide = accumulation_dtype(q.dtype)
@@ -106,7 +106,7 @@ def prompt_attention_reference(
 
 
 def _all_keys(image: Tensor, prompt: Tensor | None, index: Tensor | None) -> Tensor:
-    """Join [B, N, H, d] and prompts of any of the three kinds to [B, N + P, H, d]."""
+    """Concatenate [B, N, H, d] and prompts of any of the three kinds to [B, N + P, H, d]."""
     if prompt is None:
         return image
     if index is not None:
@@ -142,9 +142,9 @@ def check_attention(
     if d == 0:
         fail("head_dim is 0; `q` must be [B, N, H, d] with d >= 1")
     if (prompt_k is None) != (prompt_v is None):
-        fail("`prompt_k` and `prompt_v` come together; got one of them; pass both or neither")
+        fail("`prompt_k` and `prompt_v` must be given together; got one of them; pass both or neither")
     if prompt_k is None and prompt_index is not None:
-        fail("`prompt_index` needs the table it points into; pass `prompt_k` and `prompt_v` as [T, P, H, d]")
+        fail("`prompt_index` needs a table of prompts; pass `prompt_k` and `prompt_v` as [T, P, H, d]")
     if prompt_k is not None and prompt_v is not None:
         if prompt_k.shape != prompt_v.shape:
             fail(
@@ -222,7 +222,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs`: whether dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) are read; the others are empty.
+# `needs`: which of dq, dk, dv, d(prompt_k), d(prompt_v), d(temperature) are needed; the others are empty.
 _BACKWARD = define_operator(
     "prompt_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor? temperature, Tensor? prompt_index, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
@@ -261,10 +261,10 @@ autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 
 # The backend `eager` --------------------------------------------------------------------------------------------
 #
-# On a CPU, SDPA's flash kernel over [keys ; prompt keys] is the fastest form: joining them costs 0.5 of 8 ms at
+# On a CPU, SDPA's flash kernel over [keys ; prompt keys] is the fastest form: joining them takes 0.5 of 8 ms at
 # [8, 197, 12, 64] with P = 10; two segments merged by their LSEs take 8.2 ms, plain products for one image at a time
-# 9.3 ms (Xeon with AVX-512, 2 threads, float32). Its backward takes 49 ms in bfloat16, plain products 34, and its
-# float32 backward 17, casts not counted: the backward always runs in float32 or better.
+# 9.3 ms (Xeon with AVX-512, 2 threads, float32). In bfloat16 its backward takes 49 ms, plain products 34 ms, and its
+# float32 backward 17 ms without casts, so the backward always runs in float32 or better.
 
 
 def forward_eager(
@@ -311,7 +311,7 @@ def _backward_eager(
 ) -> _Gradients:
     inputs = (q, k, v, prompt_k, prompt_v, temperature)
     gradients = gradients_eager(grad, *inputs, prompt_index, out, lse, scale, needs)
-    # An operator's outputs may not share memory: each gradient that is not needed is a tensor of its own.
+    # An operator's outputs must not share memory, so each gradient that is not needed is a separate empty tensor.
     return tuple(  # type: ignore[return-value]
         q.new_empty(0) if x is None or g is None else g.to(x.dtype).contiguous()
         for g, x in zip(gradients, inputs, strict=True)
@@ -338,7 +338,7 @@ def gradients_eager(
     if prompt_k is not None and prompt_v is not None:
         prompt_k, prompt_v = prompt_k.to(wide), prompt_v.to(wide)
     if not needs_image_keys(needs):
-        # Nothing before this block trains: only the prompt columns, [B, H, Nq, P].
+        # Nothing before this block trains, so only the prompt columns [B, H, Nq, P] are needed.
         keys, values = (_all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v)))
     else:
         keys, values = _all_keys(k, prompt_k, prompt_index), _all_keys(v, prompt_v, prompt_index)
@@ -412,7 +412,7 @@ def needs_image_keys(needs: Sequence[bool]) -> bool:
 
 
 def is_plain(q: Tensor, backend: str) -> bool:
-    """Return whether no kernel here runs attention without prompts, so that PyTorch's own takes the shorter way."""
+    """Return whether "auto" runs attention without prompts on `q` by PyTorch's own operator."""
     return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention", q)
 
 
@@ -436,13 +436,13 @@ def _divide(scale: float, temperature: Tensor | None) -> float:
 
 
 def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
-    # On a GPU the check would wait for the device; there index_select asserts.
+    # On a GPU the check would synchronize; there index_select asserts.
     if prompt_k is None or index is None or index.device.type != "cpu" or index.numel() == 0:
         return
     low, high = (int(x) for x in index.aminmax())
     if low < 0 or high >= prompt_k.shape[0]:
         raise IndexError(
-            f"`prompt_attention`: `prompt_index` runs from {low} to {high}, outside the table of T={prompt_k.shape[0]} "
+            f"`prompt_attention`: `prompt_index` is {low} to {high}, outside the table of T={prompt_k.shape[0]} "
             f"sets; use 0..{prompt_k.shape[0] - 1}"
         )
 

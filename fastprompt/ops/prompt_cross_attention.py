@@ -4,7 +4,7 @@ Direct (Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025):
 
     q = W_q·x + b_q,  k = W_k·p + b_k,  v = W_v·p + b_v,  out = W_proj·[softmax(q·kᵀ·scale)·v] + b_proj
 
-Folded, with the same numbers: the weights are frozen and p depends on no image, so for each head
+Folded, with the same result: the weights are frozen and p does not depend on the images, so for each head
 A_h = scale·k_h·W_q,h, a_h = scale·k_h·b_q,h and V'_h = v_h·W_proj,hᵀ are computed once for the whole batch, and
 
     out = softmax_h(x·Aᵀ + a)·V' + b_proj
@@ -65,14 +65,14 @@ def prompt_cross_attention(
     Args:
         x: [B, N, D].
         prompts: [P, D] shared by the batch, or [B, P, D] one set per image (always the direct form).
-        weights: the attention's own maps; those that require a gradient get it.
+        weights: the attention's own maps; they get gradients if they require them.
         num_heads: H; head_dim d = rows of `q_weight` / H.
         scale: factor on q·k; default d**-0.5.
         form: "folded", "direct", or "auto", the one with fewer operations (:func:`choose_form`).
         backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        [B, N, D]; zeros plus the projection's bias when P = 0, as attention to nothing adds nothing.
+        [B, N, D]; only the projection's bias if P = 0.
 
     Raises:
         ValueError: shapes or `form` do not fit; the message names value and remedy.
@@ -81,7 +81,7 @@ def prompt_cross_attention(
     H, d = num_heads, weights.q_weight.shape[0] // num_heads
     scale = d**-0.5 if scale is None else float(scale)
     if prompts.shape[-2] == 0:
-        # An empty sum, which keeps x in the graph.
+        # An empty sum that keeps x in the graph.
         out = x[..., :0].sum(-1, keepdim=True).expand(*x.shape[:2], weights.proj_weight.shape[0])
         return out.clone() if weights.proj_bias is None else out + weights.proj_bias
     if form == "auto":
@@ -99,8 +99,8 @@ def choose_form(
 ) -> Literal["folded", "direct"]:
     """Return the form of :func:`prompt_cross_attention` with fewer operations for `tokens` = B·N rows.
 
-    Prompts that differ by image cannot be folded. With `tokens` None, what is computed once per batch is not counted.
-    With `training` the backward is counted too: gradients of x and of the prompts, with frozen weights.
+    Prompts that differ by image cannot be folded. With `tokens` None, only the cost per token is compared. With
+    `training` the backward is counted too: gradients of x and of the prompts, with frozen weights.
     """
     if prompts.ndim == 3:
         return "direct"
@@ -118,7 +118,7 @@ def choose_form(
 
 
 def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, scale: float) -> FoldedPrompts:
-    """Fold prompts [P, D] through the attention's weights, once for a whole batch; plain, differentiable PyTorch."""
+    """Fold prompts [P, D] into the attention's weights, once for a whole batch; plain, differentiable PyTorch."""
     split = "P (H d) -> H P d"
     k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias) * scale, split, H=num_heads)
     v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), split, H=num_heads)
@@ -160,7 +160,7 @@ def direct_cross_attention(
 def prompt_cross_attention_reference(
     x: Tensor, prompts: Tensor, weights: AttentionWeights, num_heads: int, *, scale: float | None = None
 ) -> Tensor:
-    """Return what :func:`prompt_cross_attention` does: its specification, the direct form in float32 or better."""
+    """Compute :func:`prompt_cross_attention` by the direct form in float32 or better: the specification."""
     with torch.autocast(x.device.type, enabled=False):
         wide = accumulation_dtype(x.dtype)
         w = AttentionWeights(*(None if t is None else t.to(wide) for t in weights))  # type: ignore[arg-type]

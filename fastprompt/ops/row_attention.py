@@ -1,12 +1,12 @@
-"""Attention of a few query rows, with the key and value maps folded into the query and the output.
+"""Attention of a few query rows, with the key and value maps absorbed into the query and the output.
 
 With R query rows of an image the keys and values of its N rows need not be computed: for each head,
 
     q·k_jᵀ = (W_kᵀ·q)·h_j + q·b_k,   Σ_j p_j·v_j = W_v·(Σ_j p_j·h_j) + b_v,
 
-the softmax ignores q·b_k, and Σ p_j = 1. What remains is attention of R·H rows to the normed rows h themselves, the
-operator `fastprompt::folded_row_attention`, with small products before and after it. The last block of a class-token
-model uses it, as its head reads one row. q/k norm and rope act on computed keys and are not supported.
+where q·b_k cancels in the softmax and Σ p_j = 1. What remains is attention of R·H rows to the normed rows h themselves,
+the operator `fastprompt::folded_row_attention`, with small products before and after it. The last block of a
+class-token model uses it, because its head reads one row. q/k norm and rope act on computed keys and are not supported.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def row_attention(
         rows: [B, N, D], the input of the key and value maps.
         prompt_rows: [P, D] or [B, P, D], the prompts' input to the same maps, or None.
         k_weight, v_weight: [H·d, D].
-        v_bias: [H·d] or None. (The keys' bias has no effect.)
+        v_bias: [H·d] or None. The keys' bias has no effect.
         scale: factor on q·k; default d**-0.5.
         temperature: one-element tensor that divides the scaled scores, or None.
         backend: "auto", or the backend that must run the attention itself.
@@ -106,9 +106,9 @@ def folded_row_attention(
 
 
 def folded_row_attention_reference(query: Tensor, rows: Tensor, prompt_rows: Tensor | None = None) -> Tensor:
-    """Return what :func:`folded_row_attention` does: its specification, plain PyTorch in float32 or better.
+    """Compute :func:`folded_row_attention` in plain PyTorch, in float32 or better: the specification.
 
-    [B, M, D] in query's dtype; differentiable any number of times.
+    Returns [B, M, D] in query's dtype; differentiable any number of times.
     """
     with torch.autocast(query.device.type, enabled=False):
         wide = accumulation_dtype(query.dtype)
@@ -188,7 +188,7 @@ _OPERATOR = define_operator(
     fake=_fake,
     flops=_flops,
 )
-# `needs`: whether d(query), d(rows), d(prompt_rows) are read; the others are empty.
+# `needs`: which of d(query), d(rows), d(prompt_rows) are needed; the others are empty.
 _BACKWARD = define_operator(
     "folded_row_attention_backward(Tensor grad, Tensor query, Tensor rows, Tensor? prompt_rows, Tensor context, "
     "Tensor lse, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
@@ -204,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
     ctx.backend = backend
     if not _needs_image_rows(ctx.needs_input_grad):
-        # The gradient of prompt rows needs no more of the others than `lse` and `context`.
+        # The gradient of prompt rows needs only `lse` and `context`, not the other rows.
         rows = rows.new_empty((rows.shape[0], 0, rows.shape[2]))
     ctx.save_for_backward(query, rows, prompt_rows, context, lse)
 

@@ -75,7 +75,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         images = [_endless(rows, generator) for rows in self.members]
         for _ in range(self.batches):
             drawn: list[int] = []
-            # The end of one round and the start of the next may hold the same class; a batch must not.
+            # The end of one round and the start of the next may have a class in common; a batch must not repeat it.
             while len(drawn) < self.classes * self.world:
                 candidate = next(classes)
                 if candidate not in drawn:

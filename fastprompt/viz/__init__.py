@@ -1,6 +1,6 @@
-"""See what prompts do, as numbers and as figures (docs/seeing.md).
+"""Analyse prompts: gates, attention, class maps, similarities and t-SNE, as numbers and figures (docs/seeing.md).
 
-Functions named `plot_...` return a `matplotlib.figure.Figure` and leave matplotlib's global state alone; the others
+Functions named `plot_...` return a `matplotlib.figure.Figure` and do not change matplotlib's global state; the others
 return tensors and need neither matplotlib nor, except :func:`tsne`, scikit-learn.
 """
 

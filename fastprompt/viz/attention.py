@@ -1,4 +1,4 @@
-"""Attention weights of an image's tokens on the prompts of a block."""
+"""Attention of an image's tokens to the prompts of a block."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastprompt.viz.rows import Entering, checked_block, entering, evaluating
 
 
 def attention_to_prompts(model: PromptModel, images: Tensor, block: int) -> Tensor:
-    """Attention weights of the image's rows on a block's prompts: images [B, C, h, w] -> [B, H, N, P].
+    """Return the attention of the image's rows to a block's prompts: images [B, C, h, w] -> weights [B, H, N, P].
 
     Runs the model in eval mode up to `block` and computes the softmax of that block alone: the weights of attention
-    over concatenated tokens and prompts. N counts the prefix tokens and the patches, no prompts. For VPT, GateVPT
-    (temperature included) and DA-VPT a row sums to the share of its attention that goes to prompts; the rest goes to
-    the image. CVPT attends to prompts separately, so each row sums to 1.
+    over concatenated tokens and prompts. N counts prefix tokens and patches, not prompts. For VPT, GateVPT (temperature
+    included) and DA-VPT a row sums to less than 1, because the rest of its attention goes to the image. CVPT attends to
+    prompts separately, so each row sums to 1.
 
     Args:
-        model: any method's, with prompts.
-        images: as the model takes them, on its device.
+        model: a model of any method, with prompts.
+        images: valid inputs of the model, on its device.
         block: the block; negative ones count from the end.
 
     Returns:
-        float32 (float64 for a float64 model).
+        The weights in float32 (float64 for a float64 model).
 
     Raises:
         TypeError, ValueError: `model` is not a `PromptModel` or has no prompts, there is no such block, or the model
@@ -50,7 +50,7 @@ def attention_to_prompts(model: PromptModel, images: Tensor, block: int) -> Tens
 
 
 def _self_weights(block: TimmBlock, rows: Entering, temperature: Tensor | None) -> Tensor:
-    """Weights on prompts that share a softmax with the image."""
+    """Return the weights of prompts that share a softmax with the image."""
     adapter, attention = vit.adapters(block)
     attn = blocks.attention_of(block)
     q, k, _ = attention.qkv(attn, adapter.attention_input(block, rows.x), rows.rope)
@@ -61,7 +61,7 @@ def _self_weights(block: TimmBlock, rows: Entering, temperature: Tensor | None) 
 
 
 def _cross_weights(block: TimmBlock, rows: Entering, insert: int) -> Tensor:
-    """Weights of CVPT's cross-attention, which stands at `insert` in the block."""
+    """Return the weights of CVPT's cross-attention, at position `insert` of the block."""
     adapter, attention = vit.adapters(block)
     attn, x = blocks.attention_of(block), rows.x
     if insert in (3, 4):

@@ -1,7 +1,7 @@
-"""Figures of the numbers of :mod:`fastprompt.viz.attention` and :mod:`fastprompt.viz.prompts`.
+"""Figures of the results of :mod:`fastprompt.viz.attention` and :mod:`fastprompt.viz.prompts`.
 
-Each is a `matplotlib.figure.Figure`, made without pyplot: nothing is shown, kept or configured globally.
-`figure.savefig(...)` writes it, and a notebook shows it.
+Each is a `matplotlib.figure.Figure`, created without pyplot: nothing is shown, stored or configured globally.
+`figure.savefig(...)` saves it, and a notebook shows it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fastprompt.viz.rows import Loader
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # from Okabe and Ito's palette for colour-blind readers
+BLUE, ORANGE = "#0072b2", "#d55e00"  # from the colour-blind-safe palette of Okabe and Ito
 MOST_ATTENDED = 4
-NUMBERED = 20  # more points or ticks than this have no numbers
+NUMBERED = 20  # number points and ticks only up to this many
 
 
 def plot_gates(model: PromptModel) -> Figure:
@@ -65,8 +65,8 @@ def plot_attention(
     Each row shows an image and then one map for each prompt. All maps share one colour scale.
 
     Args:
-        model: any method's, with prompts.
-        images: [B, C, h, w] as the model takes them; three channels are drawn in colour, else their mean.
+        model: a model of any method, with prompts.
+        images: [B, C, h, w], valid inputs of the model; three channels are drawn in colour, otherwise their mean.
         block: the block; negative ones count from the end.
         prompt: one prompt or several; None for the four (at most) that these images attend to most.
         head: one head, or None for the mean over heads.
@@ -79,7 +79,7 @@ def plot_attention(
     B, H, N, P = weights.shape
     if head is not None and not -H <= head < H:
         raise ValueError(
-            f"`plot_attention`: `head` must lie in 0..{H - 1}, or be None for the mean; got {head}"
+            f"`plot_attention`: `head` must be in 0..{H - 1}, or be None for the mean; got {head}"
         )
     maps = weights.mean(1) if head is None else weights[:, head]
     maps = maps[:, model.base.num_prefix_tokens :]  # the patches
@@ -121,8 +121,8 @@ def plot_class_map(model: PromptModel, loader: Loader | None = None, *, block: i
         block: a guided block.
 
     Raises:
-        NotImplementedError: the method is another.
-        ValueError: `block` without `loader`, or as the function that computes the distances.
+        NotImplementedError: the model is of another method.
+        ValueError: `block` without `loader`, or as in the function that computes the distances.
         ImportError: matplotlib is missing.
     """
     model = check_davpt(model, "plot_class_map")
@@ -152,7 +152,7 @@ def plot_prompt_similarity(model: PromptModel, block: int = 0) -> Figure:
 
     A model with one set of prompts has no second panel.
 
-    Raises ValueError for a block without prompts of its own, ImportError without matplotlib.
+    Raises ValueError for a block without its own prompts, ImportError without matplotlib.
     """
     cosines = prompt_similarity(model, block)
     across = block_similarity(model)
@@ -212,13 +212,13 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _numbers(t: Any) -> Any:
-    """Return a tensor as an array for matplotlib, which does not draw half precision."""
+    """Convert a tensor to an array for matplotlib, which does not support half precision."""
     t = t.detach().cpu()
     return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
 
 def _chosen_prompts(prompt: int | Sequence[int] | None, maps: Tensor) -> list[int]:
-    """Return the prompts to draw of maps [B, N, P]; for None those with the most attention, in order."""
+    """Return the prompts of maps [B, N, P] to draw; for None those with the most attention, in order."""
     P = maps.shape[-1]
     if prompt is None:
         most = maps.mean((0, 1)).topk(min(MOST_ATTENDED, P)).indices
@@ -226,7 +226,7 @@ def _chosen_prompts(prompt: int | Sequence[int] | None, maps: Tensor) -> list[in
     chosen = [prompt] if isinstance(prompt, int) else list(prompt)
     outside = [j for j in chosen if not 0 <= j < P]
     if outside or not chosen:
-        raise ValueError(f"`plot_attention`: `prompt` must name prompts of 0..{P - 1}; got {prompt}")
+        raise ValueError(f"`plot_attention`: `prompt` must be in 0..{P - 1}; got {prompt}")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Numbers about the prompts of a model: gates, class maps, similarities, and positions among the image's tokens."""
+"""Gates, class maps and similarities of prompts, and their positions among the image's tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def gate_values(model: PromptModel) -> Gates:
     """
     check_model(model, "gate_values")
     if not isinstance(model, GateVPTModel):
-        raise NotImplementedError(f"`gate_values`: {_method(model)} has no gates; GateVPT has")
+        raise NotImplementedError(f"`gate_values`: {_method(model)} has no gates; only GateVPT has")
     temperature = model.temperature
     if isinstance(temperature, nn.Parameter):
         temperature = temperature.clamp(*model.config.temperature_range)
@@ -60,10 +60,10 @@ def gate_values(model: PromptModel) -> Gates:
 
 @torch.no_grad()
 def prompt_similarity(model: PromptModel, block: int, other: int | None = None) -> Tensor:
-    """Cosines of the prompts of `block` with those of `other` (None: with one another): [P, P'].
+    """Return the cosines of the prompts of `block` and those of `other` (None: of `block` too), [P, P'].
 
-    Prompts are compared as they enter the model, after projection and norm. Raises ValueError for a block without
-    prompts of its own.
+    Prompts are compared as they enter the model, after projection and norm. Raises ValueError for a block without its
+    own prompts.
     """
     first = _own_prompts(model, block, "prompt_similarity")
     second = first if other is None else _own_prompts(model, other, "prompt_similarity")
@@ -72,7 +72,7 @@ def prompt_similarity(model: PromptModel, block: int, other: int | None = None) 
 
 @torch.no_grad()
 def block_similarity(model: PromptModel) -> Tensor:
-    """Mean of |cosine| over the pairs of prompts of two blocks: [S, S] for the S blocks that have their own.
+    """Return the mean of |cosine| over the pairs of prompts of two blocks, [S, S] for S blocks with their own prompts.
 
     A prompt is not paired with itself, so the diagonal is NaN for a block of one prompt.
     """
@@ -90,7 +90,7 @@ def block_similarity(model: PromptModel) -> Tensor:
 
 @torch.no_grad()
 def centroid_distances(model: PromptModel) -> Tensor:
-    """DA-VPT: cosine distances 1 - cos of the centroids of the class map, [P_g, P_g].
+    """DA-VPT: return the cosine distances 1 - cos between the centroids of the class map, [P_g, P_g].
 
     Raises NotImplementedError for another method, ValueError before a map is fitted.
     """
@@ -99,10 +99,10 @@ def centroid_distances(model: PromptModel) -> Tensor:
 
 
 def class_distances(model: PromptModel, loader: Loader) -> Tensor:
-    """DA-VPT: cosine distances of the classes' mean features to the centroids of the class map, [classes, P_g].
+    """DA-VPT: return the cosine distances of the classes' mean features to the map's centroids, [classes, P_g].
 
-    The features are those that the head reads, in eval mode, after the configuration's `feature_norm`:
-    `update_class_map` clusters them. Rows of classes without an image are NaN.
+    The features are those that `update_class_map` clusters: the input of the classifier, in eval mode, after the
+    configuration's `feature_norm`. Rows of classes without an image are NaN.
 
     Args:
         model: a DA-VPT model with a fitted map (`model.class_to_prompt`).
@@ -127,10 +127,10 @@ def class_distances(model: PromptModel, loader: Loader) -> Tensor:
 def proxy_distances(
     model: PromptModel, loader: Loader, block: int, feature: Literal["class", "patch"] = "class"
 ) -> Tensor:
-    """DA-VPT: cosine distances of features to the proxies of a guided block, averaged by class, [classes, P_g].
+    """DA-VPT: return the cosine distances of features to the proxies of a guided block, averaged by class.
 
-    The metric loss shortens them for a class and its prompt: features and proxies are in the views that the
-    configuration names. Rows of classes without an image are NaN.
+    The result is [classes, P_g]. The metric loss reduces the distance of a class to its prompt. Features and proxies
+    have the forms selected by the configuration. Rows of classes without an image are NaN.
 
     Args:
         model: a DA-VPT model.
@@ -140,7 +140,7 @@ def proxy_distances(
 
     Raises:
         NotImplementedError: the method is another.
-        ValueError, TypeError: `block` is not guided, `feature` is neither, the model has no class token for "class",
+        ValueError, TypeError: `block` is not guided, `feature` is unknown, the model has no class token for "class",
             `loader` is empty, or the model does not take its images or labels.
     """
     name = "proxy_distances"
@@ -148,7 +148,7 @@ def proxy_distances(
     base, config = model.base, model.config
     index = checked_block(model, block, name)
     if index not in model.guided:
-        raise ValueError(f"`{name}`: `block` must lie in guided_blocks={config.guided_blocks}; got {block}")
+        raise ValueError(f"`{name}`: `block` must be in guided_blocks={config.guided_blocks}; got {block}")
     if feature not in ("class", "patch"):
         raise ValueError(f"`{name}`: `feature` must be 'class' or 'patch'; got {feature!r}")
     if feature == "class" and base.cls_token is None:
@@ -172,13 +172,13 @@ def proxy_distances(
 
 
 def prompts_and_tokens(model: PromptModel, loader: Loader, block: int) -> Embedding:
-    """The prompts and the class tokens that enter a block, where the block's attention meets them.
+    """Return the prompts and the class tokens in the input of a block's attention.
 
-    A model without a class token gives the mean of its patches instead. Prompts that earlier blocks have changed differ
-    between images and are averaged over them.
+    For a model without a class token, the mean of the patches is used instead. Prompts that earlier blocks have changed
+    differ between images and are averaged over them.
 
     Args:
-        model: any method's, with prompts.
+        model: a model of any method, with prompts.
         loader: yields (images [B, C, h, w], labels [B]).
         block: the block; negative ones count from the end.
 
@@ -214,14 +214,14 @@ def prompts_and_tokens(model: PromptModel, loader: Loader, block: int) -> Embedd
 def tsne(
     model: PromptModel, loader: Loader, block: int, *, perplexity: float | None = None, seed: int = 0
 ) -> Embedding:
-    """Map prompts and class tokens together to the plane by scikit-learn's t-SNE; see :func:`prompts_and_tokens`.
+    """Map prompts and class tokens to the plane with scikit-learn's t-SNE; see :func:`prompts_and_tokens`.
 
     Rows are scaled to length 1 first: the norm before attention removes lengths, and prompts are often much shorter.
 
     Args:
         model, loader, block: as for :func:`prompts_and_tokens`.
         perplexity: None for 30, or a third of the points if that is less.
-        seed: decides the start.
+        seed: determines the initial positions.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -237,7 +237,7 @@ def tsne(
         perplexity = min(30.0, (len(points) - 1) / 3)
     if not 0 < perplexity < len(points):
         raise ValueError(
-            f"`tsne`: `perplexity` must lie between 0 and the number of points, {len(points)}; got {perplexity}"
+            f"`tsne`: `perplexity` must be between 0 and the number of points, {len(points)}; got {perplexity}"
         )
     flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
     placed = torch.from_numpy(flat)
@@ -248,7 +248,9 @@ def check_davpt(model: PromptModel, caller: str) -> DAVPTModel:
     """Return `model` if it maps classes to prompts; raise NotImplementedError otherwise."""
     check_model(model, caller)
     if not isinstance(model, DAVPTModel):
-        raise NotImplementedError(f"`{caller}`: {_method(model)} maps no classes to prompts; DA-VPT does")
+        raise NotImplementedError(
+            f"`{caller}`: {_method(model)} does not map classes to prompts; only DA-VPT does"
+        )
     return model
 
 
@@ -267,14 +269,14 @@ def _own_prompts(model: PromptModel, block: int, caller: str) -> Tensor:
     if prompts is None:
         last = prompted_blocks(model) - 1
         raise ValueError(
-            f"`{caller}`: `block` must have prompts of its own; got {block}, and blocks after {last} carry on those of "
+            f"`{caller}`: `block` must have its own prompts; got {block}, but blocks after {last} carry on those of "
             f"block {last}; choose one of 0..{last}"
         )
     return prompts
 
 
 def _class_means(rows: Iterable[tuple[Tensor, Tensor]], classes: int, width: int, like: Tensor) -> Tensor:
-    """Batches of rows [B, width] with labels [B] -> mean of each class [classes, width], NaN without a row."""
+    """Batches of rows [B, width] with labels [B] -> the mean of each class [classes, width], NaN without a row."""
     sums = like.new_zeros(classes, width, dtype=accumulation_dtype(like.dtype))
     counts = sums.new_zeros(classes, 1)
     for values, labels in rows:

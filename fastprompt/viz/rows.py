@@ -1,4 +1,4 @@
-"""Run a prompted model up to one block, and check the arguments that all functions of this package share."""
+"""Run a prompted model up to one block, and check the common arguments of this package's functions."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def entering(model: PromptModel, images: Tensor, block: int) -> Entering:
 
 
 def prompted_blocks(model: PromptModel) -> int:
-    """Return how many blocks, from the first on, have prompts of their own."""
+    """Return the number of blocks, from the first, that have their own prompts."""
     return model.prompted if isinstance(model, VPTModel) else len(model.prompts)
 
 
 def own_prompts(model: PromptModel, block: int) -> Tensor | None:
-    """Return the prompts [P, D] that enter at `block`, after projection and norm; None if it has no own."""
+    """Return the prompts [P, D] that enter at `block`, after projection and norm; None if it has none."""
     if block >= prompted_blocks(model):
         return None
     return model.prompts_of(block, None) if isinstance(model, VPTModel) else model.prompts[block]
@@ -72,7 +72,7 @@ def checked_block(model: PromptModel, block: int, caller: str) -> int:
         raise TypeError(f"`{caller}`: `block` must be an integer; got {block!r}; pass one of 0..{depth - 1}")
     if not -depth <= block < depth:
         raise ValueError(
-            f"`{caller}`: `block` must lie in {-depth}..{depth - 1}, the model's blocks; got {block}"
+            f"`{caller}`: `block` must be in {-depth}..{depth - 1}, the model's blocks; got {block}"
         )
     return block % depth
 
@@ -90,7 +90,7 @@ def check_model(model: PromptModel, caller: str) -> None:
 
 @contextmanager
 def evaluating(model: PromptModel) -> Iterator[None]:
-    """Put the model into eval mode without gradients; afterwards each module has its mode back."""
+    """Put the model into eval mode without gradients; restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

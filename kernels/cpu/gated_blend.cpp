@@ -46,7 +46,7 @@ FASTPROMPT_INLINE void scale_body(const T* __restrict x, T* __restrict y, int64_
   }
 }
 
-// Sixteen fixed partial sums: the same order in every clone and for every thread count.
+// Sixteen partial sums in a fixed order, for every clone and every thread count.
 template <typename T, typename U>
 FASTPROMPT_INLINE double dot_body(const T* __restrict a, const U* __restrict b, int64_t count) {
   constexpr int64_t kLanes = 16;
@@ -90,7 +90,7 @@ FASTPROMPT_DOT(double, double)
 FASTPROMPT_DOT(BFloat16, BFloat16)
 FASTPROMPT_DOT(BFloat16, float)
 
-// Halves: by blocks, through floats.
+// Halves are converted to floats, block by block.
 
 void add_run(const Half* x, const Half* delta, Half* y, int64_t count) {
   float x_block[kHalfBlock], delta_block[kHalfBlock], y_block[kHalfBlock];
@@ -251,7 +251,7 @@ void grad_rows(const Tensor& grad, const RowReader<U>* difference, double gate, 
   const auto gate_acc = static_cast<Acc<T>>(gate);
   const auto keep_acc = static_cast<Acc<T>>(1.0 - gate);
 
-  // One parallel region for all three: waking threads costs more than a small tensor's arithmetic.
+  // One parallel region for all three, because waking threads takes longer than the arithmetic of a small tensor.
   torch::stable::parallel_for(0, images * rows, grain_rows(width), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch;
     std::vector<U> difference_scratch;
@@ -306,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_blend_backward(const Tensor grad, const
   const double gate_value = read_gate(op, gate);
   STD_TORCH_CHECK(!need_gate || difference.has_value(), "`", op,
                   "`: `need_gate` needs `difference`, x + delta - prompt_in on the prompt rows; got None; pass it");
-  // A difference kept in float32 serves 16-bit gradients: rounding it would cost the gate's gradient digits.
+  // For 16-bit gradients the difference may be float32: rounding it would make the gate's gradient less precise.
   const bool wide_difference = need_gate && dtype != ScalarType::Double && dtype != ScalarType::Float &&
                                difference->scalar_type() == ScalarType::Float;
   if (need_gate) {

@@ -1,6 +1,6 @@
 #pragma once
-// Runs of halves to floats and back, with the CPU's own conversion where it has one: by integer arithmetic alone
-// a half-precision add takes more than twice as long (1.3 million elements, one thread: 820 against 350 us).
+// Convert runs of halves to floats and back, with the CPU's conversion instructions if it has them: with integer
+// arithmetic a half-precision add takes more than twice as long (1.3 million elements, one thread: 820 against 350 us).
 
 #include <cstdint>
 
@@ -12,7 +12,7 @@
 
 namespace fastprompt {
 
-/// Floats a caller keeps in a buffer between conversions: three of them stay in the first-level cache.
+/// Floats in a caller's buffer between conversions: three such buffers fit in the first-level cache.
 constexpr int64_t kHalfBlock = 512;
 
 #ifdef FASTPROMPT_TARGET_CLONES

@@ -1,5 +1,5 @@
 #pragma once
-// FASTPROMPT_CLONES on a function: AVX-512, AVX2 and baseline versions in one library, chosen when it is loaded.
+// FASTPROMPT_CLONES compiles AVX-512, AVX2 and baseline versions of a function; one is selected when the library loads.
 
 #if !defined(FASTPROMPT_TARGET_CLONES)  // set by CMakeLists.txt where the toolchain can build them
 #define FASTPROMPT_CLONES
@@ -9,5 +9,5 @@
 #define FASTPROMPT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
-// Bodies must be inlined: a call out of a clone would run baseline code.
+// Function bodies must be inlined: a call from a clone would run baseline code.
 #define FASTPROMPT_INLINE __attribute__((always_inline)) inline

@@ -51,7 +51,7 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   return Tensor(handle);
 }
 
-/// Elements a thread must get before waking another one pays (torch's own grain).
+/// The minimum number of elements per thread for which another thread is worth waking (torch's own grain).
 constexpr int64_t kGrainElements = 32768;
 
 inline int64_t grain_rows(int64_t width) {

@@ -1,1 +1,1 @@
-"""Triton kernels: one file per operation, its frozen configurations beside it."""
+"""Triton kernels: one file per operation, and one for its table of tile sizes."""

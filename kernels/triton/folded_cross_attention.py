@@ -1,4 +1,4 @@
-"""Launchers of folded cross-attention. Sums over all rows (gradients of prompts) are left to the library."""
+"""Launchers of folded cross-attention. PyTorch computes the sums over all rows (gradients of prompts)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y [B, N, D_out], the softmax's weights [B, N, H, P], LayerNorm(y), and mean and rstd [B, N] in float32.
 
-    The weights are empty unless `keep`, what belongs to the norm if `eps` is None.
+    The weights are empty unless `keep`; LayerNorm(y), mean and rstd are empty if `eps` is None.
     """
     B, N, D = x.shape
     H, P, D_out = value.shape
@@ -111,10 +111,10 @@ def backward(
     residual: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, key, bias, value and out_bias; those that `needs` does not ask for are empty.
+    """Return the gradients of x, key, bias, value and out_bias; those not in `needs` are empty.
 
-    The kernel computes the scores' gradients and dx, the library, in a fixed order, what is summed over all rows: its
-    products read each operand once, at the speed of memory, and a kernel here would read the same bytes.
+    The kernel computes the scores' gradients and dx. PyTorch's products compute the sums over all rows, in a fixed
+    order; they read each operand once, and a kernel here would read the same bytes.
     """
     dx, d_key, d_bias, d_value, d_out_bias = (grad.new_empty(0) for _ in range(5))
     rows = grad.flatten(0, 1)

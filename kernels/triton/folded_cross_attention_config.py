@@ -1,4 +1,4 @@
-"""Tiles of folded cross-attention: how its H·P columns are cut, and the sizes of programs by architecture."""
+"""Tiles of folded cross-attention: the split of its H·P columns, and the sizes of programs by architecture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """`block_m` rows a program; steps of `block_k` of the width in the first product, of `block_d` in the second."""
+    """`block_m` rows per program; steps of `block_k` of the width in the first product, of `block_d` in the second."""
 
     block_m: int
     block_k: int
@@ -46,9 +46,9 @@ class Config:
     num_stages: int
 
 
-# Chosen from the compiled code, without spills; not measured yet. Calls of more columns than any entry has are left to
-# the library's products: each program reads both folded matrices from L2, and wide ones cost more traffic than the
-# scores that are saved. Architecture 0 is the interpreter.
+# Chosen from the compiled code, without spills; not measured yet. Calls with more columns than any entry run as
+# PyTorch's products: each program reads both folded matrices from L2, and wide ones cost more traffic than fusing the
+# scores saves. Architecture 0 is the interpreter.
 TABLE: dict[Key, Config] = {
     Key(0, "fwd", 512, 2): Config(128, 128, 128, 4, 1),
     Key(0, "fwd", 512, 4): Config(128, 128, 128, 4, 1),
@@ -76,7 +76,7 @@ TABLE: dict[Key, Config] = {
     Key(100, "bwd", 128, 4): Config(16, 32, 64, 4, 2),
 }
 
-# The fewest columns of a product's second factor, and how many columns of padding cost as much as a tile.
+# The minimum number of columns of a product's second factor, and the cost of a tile in columns of padding.
 _MIN_TILE, _TILE_COST = 16, 8
 
 
@@ -112,10 +112,10 @@ def choose(
     wide_rows: bool = False,
     norm: bool = False,
 ) -> Config:
-    """Return the entry of the table with the least room for `columns` columns; no more than :func:`limit`.
+    """Return the smallest entry of the table that fits `columns` columns, at most :func:`limit`.
 
-    `wide_rows`, float32 rows beside 16-bit matrices, are read in steps of half as many numbers: as many bytes. With the
-    `norm` they are written so too, which leaves registers for its sums.
+    `wide_rows`, float32 rows with 16-bit matrices, are read in steps of half as many numbers, the same number of bytes.
+    With the `norm` they are also written in such steps, which leaves registers for its sums.
     """
     room = min(
         key.columns
@@ -130,7 +130,7 @@ def choose(
 
 
 def candidates(key: Key) -> list[Config]:
-    """Return what to measure for one entry of the table: more rows a program read the matrices less often."""
+    """Return the candidates for one entry; with more rows per program, the matrices are read less often."""
     if key.itemsize == 4:
         return [Config(m, 32, d, w, s) for m, d, w, s in product((16, 32), (32, 64), (4, 8), (2, 3))]
     return [
@@ -140,7 +140,7 @@ def candidates(key: Key) -> list[Config]:
 
 
 def _sums(count: int) -> list[tuple[int, int]]:
-    """Return all (a, b) with b <= a, a + b >= count, a a power of two, b another or 0, and neither all padding."""
+    """Return all (a, b) with b <= a, a + b >= count, a a power of two, b one too or 0, and neither all padding."""
     powers = [1 << i for i in range(max(count, _MIN_TILE).bit_length() + 1)]
     return [
         (a, b) for a in powers for b in (0, *powers) if b <= a and a + b >= count and (b == 0 or a < count)

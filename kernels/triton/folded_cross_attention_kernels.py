@@ -1,12 +1,12 @@
-"""Folded cross-attention's kernels: softmax_h(x·keyᵀ + bias)·value (+ out_bias, + x), all heads of some rows a program.
+"""Folded cross-attention's kernels: softmax_h(x·keyᵀ + bias)·value (+ out_bias, + x), all heads in one program.
 
 A program holds the scores of its rows for all H·P columns in registers, as up to four tiles: heads in two groups H0 and
-H1, each head's prompts in two pieces P0 and P1, powers of two (folded_cross_attention_config.py). So a softmax ends
-within a program, x is read and the output written once, and only the program's own rows are read again, for the
-residual. Each program reads the folded matrices from the L2 cache.
+H1, each head's prompts in two pieces P0 and P1, powers of two (folded_cross_attention_config.py). So each softmax is
+computed within one program, x is read and the output written once, and only the program's own rows are read again, for
+the residual. Each program reads the folded matrices from the L2 cache.
 
-The backward mirrors it: grad·valueᵀ, the softmax's gradient from the weights that the forward kept, then that times
-key.
+The backward has the same structure: grad·valueᵀ, then the softmax's gradient from the saved weights, then its product
+with key.
 """
 
 import triton
@@ -18,9 +18,9 @@ def _column(
     H: tl.constexpr, P: tl.constexpr, H_START: tl.constexpr, P_START: tl.constexpr,
     HEADS: tl.constexpr, PROMPTS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Return, for each column of a tile, its row in the folded matrices, and whether there is one.
+    """Return, for each column of a tile, its row in the folded matrices, and whether it exists.
 
-    RUN divides every position where a run of columns starts in memory.
+    RUN divides every position in memory where a run of columns starts.
     """
     o_c = tl.arange(0, HEADS * PROMPTS)
     i_h = H_START + o_c // PROMPTS
@@ -28,7 +28,7 @@ def _column(
     mask = i_h < H
     if P_START + PROMPTS > P:
         mask = mask & (i_p < P)
-    # Without the hints the weights are loaded one by one, with more pointers than there are registers.
+    # Without the hints the weights are loaded one by one, with more pointers than registers.
     return tl.max_contiguous(tl.multiple_of(i_h * P + i_p, RUN), PROMPTS), mask  # [HEADS·PROMPTS]
 
 
@@ -58,7 +58,7 @@ def _scores(
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return rows·matrixᵀ in four tiles; those without columns repeat the first and cost no code."""
+    """Return rows·matrixᵀ in four tiles; those without columns repeat the first and generate no code."""
     s_00 = tl.zeros([BLOCK_M, H0 * P0], tl.float32)
     s_01 = s_00
     s_10 = s_00
@@ -116,7 +116,7 @@ def _mixed(
 
 @triton.jit
 def _by_head(x, HEADS: tl.constexpr):
-    """Reshape [BLOCK_M, HEADS·PROMPTS] to [BLOCK_M, HEADS, PROMPTS], to reduce."""
+    """Reshape [BLOCK_M, HEADS·PROMPTS] to [BLOCK_M, HEADS, PROMPTS], for reductions."""
     return tl.reshape(x, [x.shape[0], HEADS, x.shape[1] // HEADS])
 
 
@@ -124,7 +124,7 @@ def _by_head(x, HEADS: tl.constexpr):
 def _spread(x, PROMPTS: tl.constexpr):
     """Repeat a number per head [BLOCK_M, HEADS] for each of its prompts: [BLOCK_M, HEADS·PROMPTS].
 
-    In two dimensions Triton keeps the layout that products leave; in three it may choose the loads' layout and move
+    In two dimensions Triton keeps the layout of the products; in three it may choose that of the loads and move
     accumulators through shared memory.
     """
     x = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], PROMPTS])
@@ -133,7 +133,7 @@ def _spread(x, PROMPTS: tl.constexpr):
 
 @triton.jit
 def _biased(s, p_bias, o_c, m_c, P: tl.constexpr, P_START: tl.constexpr, PROMPTS: tl.constexpr):
-    """Add the bias to scores, -inf for prompts that pad; heads that pad stay finite."""
+    """Add the bias to scores, -inf for padded prompts; padded heads stay finite."""
     bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     if P_START + PROMPTS > P:
         bias = tl.where(P_START + tl.arange(0, s.shape[1]) % PROMPTS < P, bias, float("-inf"))
@@ -174,7 +174,7 @@ def _store(p_rows, m_row, w, o_c, m_c):
 def _statistics(mean, m2, y, done, m_d, WIDTH: tl.constexpr, D: tl.constexpr):
     """Add y [BLOCK_M, WIDTH] to mean and sum of squared deviations [BLOCK_M] of the first `done` columns.
 
-    By Chan, Golub and LeVeque's update, in which a large mean costs no digits.
+    Uses the update of Chan, Golub and LeVeque, which stays precise for a large mean.
     """
     count = WIDTH if D % WIDTH == 0 else tl.minimum(WIDTH, D - done)
     if D % WIDTH > 0:
@@ -246,13 +246,13 @@ def folded_cross_attention_fwd_kernel(
         out = acc.to(p_out.dtype.element_ty)
         tl.store(p_out + o_out + o_d[None, :], out, mask=mask)
         if NORM:
-            # Of the rounded output, which is what the next operation reads.
+            # Of the rounded output, the input of the next operation.
             mean, m2 = _statistics(mean, m2, out.to(tl.float32), start, m_d, BLOCK_D, D_OUT)
     if NORM:
         rstd = 1 / tl.sqrt(m2 / D_OUT + eps)
         tl.store(p_mean + o_m, mean, mask=m_row)
         tl.store(p_rstd + o_m, rstd, mask=m_row)
-        # The program's own rows are read again, from the cache, once all of its threads have written theirs.
+        # Read the program's own rows again, from the cache, after all of its threads have written theirs.
         tl.debug_barrier()
         for start in range(0, D_OUT, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)

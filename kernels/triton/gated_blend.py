@@ -1,7 +1,8 @@
 """Gated prompt blending, alone or with the LayerNorm that follows: one pass over the sequence, one row at a time.
 
 A program holds whole rows, so that mean and variance need no second pass. Prompt rows differ from the others by one
-masked load. The backward writes one number for each prompt row; without atomics, their sum is the same bits every run.
+masked load. The backward writes one number per prompt row and uses no atomics, so their sum has the same bits in every
+run.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton.gated_blend_config import MAX_WIDTH, choose
 
-# Sizes of a batch: no kernel is compiled for each of their divisibilities.
+# Sizes of a batch: kernels are not specialized on their divisibility.
 _SIZES = ["count", "first", "span", "N", "start", "length"]
 
 
@@ -20,7 +21,7 @@ _SIZES = ["count", "first", "span", "N", "start", "length"]
 def _row_starts(p_base, i_b, i_n, stride_b, stride_n, ALIGNED: tl.constexpr):
     p_row = p_base + i_b.to(tl.int64) * stride_b + i_n.to(tl.int64) * stride_n
     if ALIGNED:
-        # A width of 1000 hides the alignment; without it loads are as narrow as one element.
+        # For a width such as 1000 Triton cannot see the alignment, and without it loads single elements.
         p_row = tl.multiple_of(p_row, 16)
     return p_row  # [ROWS]
 
@@ -62,7 +63,7 @@ def gated_blend_fwd_kernel(
     tl.store(p_y + o_out, y, mask=mask)
 
     if NORM:
-        # Of the rounded y, which is what the next operation reads.
+        # Of the rounded y, the input of the next operation.
         y = y.to(tl.float32)
         mean = tl.sum(y, 1) / D
         y = tl.where(m_d[None, :], y - mean[:, None], 0.0)
@@ -212,7 +213,7 @@ def backward(
     d_prompt = like.new_empty((B, length, D) if need_prompt else 0)
     d_gate = like.new_empty(0) if gate is None else gate.new_empty(0)
     partial = like.new_empty(B * length if need_gate else 0, dtype=torch.float32)
-    # Where only prompts or gate train, other rows are not read.
+    # If only prompts or gate train, other rows are not read.
     first, span = (0, N) if need_input else (start, length)
     config = choose(launch.architecture(like.device), "bwd", D, norm=grad_normed is not None)
     launch.launch(

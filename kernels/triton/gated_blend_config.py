@@ -30,8 +30,8 @@ KERNELS: tuple[Kernel, ...] = ("fwd", "bwd")
 # The widest row that a program holds in registers without spilling.
 MAX_WIDTH = 4096
 
-# By the width, rounded up to a power of two. Both kernels are bound by memory: loads of 16 bytes, and enough of them in
-# flight. Chosen from the compiled code; not measured yet.
+# By the width, rounded up to a power of two. Both kernels are bound by memory and need many 16-byte loads in flight.
+# Chosen from the compiled code; not measured yet.
 _BY_WIDTH = {
     128: Config(rows=4, num_warps=1),
     256: Config(rows=2, num_warps=1),
@@ -54,7 +54,7 @@ def choose(architecture: int, kernel: Kernel, width: int, norm: bool) -> Config:
 
 
 def candidates(key: Key) -> list[Config]:
-    """Return what a tuner tries instead of `TABLE[key]`: 4 to 32 elements for each thread."""
+    """Return the candidates for `TABLE[key]`: 4 to 32 elements per thread."""
     return [
         Config(rows, num_warps)
         for rows in (1, 2, 4, 8)

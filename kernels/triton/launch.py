@@ -1,8 +1,8 @@
-"""What every launcher here needs: whether Triton can run in this process, the table to read, and the launch itself.
+"""Launch Triton kernels: check whether Triton can run, select the table of tile sizes, and launch.
 
 On a CUDA device a launch runs the kernel on the current stream. Under ``TRITON_INTERPRET=1`` it runs the same source in
-NumPy on CPU tensors, to check indexing and algebra. With a `recorder` it is handed over instead of run
-(`bench.offline_compile` compiles it for a GPU that need not be there, with tensors on the meta device).
+NumPy on CPU tensors, to check indexing and algebra. With a `recorder` set, the recorder gets the launch instead
+(`bench.offline_compile` compiles it offline, with tensors on the meta device).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 # Read when the kernels are decorated; a later change of the variable has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# The table of configurations for a compute capability; Ada and consumer Blackwell run Ampere's instructions.
+# The table of configurations by compute capability; Ada and consumer Blackwell use Ampere's instructions.
 ARCHITECTURES = {9: 90, 10: 100}
 
 
 class Recorder(Protocol):
-    """Takes launches instead of the GPU of compute capability `capability`."""
+    """Receives launches in place of a GPU of compute capability `capability`."""
 
     capability: tuple[int, int]
 
@@ -30,12 +30,12 @@ class Recorder(Protocol):
     ) -> None: ...
 
 
-# The one hook: set, no launch reaches a device.
+# If set, it gets all launches, and none reaches a device.
 recorder: Recorder | None = None
 
 
 def unavailable() -> str | None:
-    """Return why Triton kernels can run nothing in this process, or None."""
+    """Return why Triton kernels cannot run in this process, or None."""
     if INTERPRETED:
         return _interpreter_fault()
     if not torch.cuda.is_available():
@@ -87,7 +87,7 @@ def architecture(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors share the work; 1 without a device."""
+    """Return the number of multiprocessors; 1 without a device."""
     if recorder is not None or INTERPRETED:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -95,13 +95,13 @@ def multiprocessors(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """Return the precision of products of `dtype`: IEEE, unless torch may use TF32 for its own float32 products."""
-    # Not by torch.get_float32_matmul_precision, which raises once the newer switch was set.
+    # torch.get_float32_matmul_precision raises after the newer switch has been set.
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Return whether every row of these, along their last dimension, starts at a multiple of 16 bytes."""
+    """Return whether every row of these tensors, along their last dimension, starts at a multiple of 16 bytes."""
     return all(
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
         for x in tensors
@@ -117,7 +117,7 @@ def launch(
     num_stages: int,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` over `grid` on `device`'s current stream; an empty grid is no launch."""
+    """Run `kernel` over `grid` on `device`'s current stream; do nothing for an empty grid."""
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}

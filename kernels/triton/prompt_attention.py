@@ -1,4 +1,4 @@
-"""Launchers of prompt-augmented attention: they choose the kernels of a call and their tiles."""
+"""Launchers of prompt-augmented attention, which select kernels and tiles for a call."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, prompt_k, prompt_v and temperature; those not in `needs` are empty.
 
-    k and v may have no rows (N = 0) where only prompts train.
+    k and v may have no rows (N = 0) if only prompts train.
     """
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else x.new_empty(0)
@@ -167,7 +167,7 @@ def backward(
 
 
 class _Inputs:
-    """The operands of all kernels, in the strides they require, and what follows from their shapes."""
+    """The operands of all kernels, with the required strides, and values derived from their shapes."""
 
     def __init__(
         self,
@@ -184,18 +184,18 @@ class _Inputs:
         self.temperature, self.scale = temperature, scale
         self.prompt_index = None if prompt_index is None else prompt_index.contiguous()
         self.P = 0 if prompt_k is None else prompt_k.shape[-3]
-        # Without prompts nothing is read there; the pointers must have the keys' type.
+        # Without prompts these are never read, but the pointers must have the keys' type.
         self.prompt_k = self.k[:, :0] if prompt_k is None else _dense_rows(prompt_k)
         self.prompt_v = self.v[:, :0] if prompt_v is None else _dense_rows(prompt_v)
         self.keys = self.k.shape[1] + self.P
 
     @property
     def shared(self) -> bool:
-        """Return whether images have prompts in common, so that their gradients are sums."""
+        """Return whether images share prompts, so that the prompts' gradients are sums."""
         return self.prompt_k.ndim == 3 or self.prompt_index is not None
 
     def arguments(self, *others: Tensor) -> dict[str, Any]:
-        """Return what every kernel takes; `others` are tensors that it reads or writes by rows too."""
+        """Return the arguments of every kernel; `others` are further tensors that it reads or writes by rows."""
         _, Nq, H, d = self.q.shape
         tensors = (self.q, self.k, self.v, self.prompt_k, self.prompt_v)
         first, second = head_pieces(d)
@@ -267,7 +267,7 @@ def _backward(
     resident = everything and launch.multiprocessors(device) <= B * H
     resident = resident and has_resident_backward(architecture, d, inputs.keys, itemsize)
 
-    # What is computed beside something needed, but is not needed itself, goes to scratch.
+    # Gradients that a kernel computes but nobody needs are written to scratch.
     if image and need_k and not needs[1]:
         dk = torch.empty_like(inputs.k, memory_format=torch.contiguous_format)
     if image and need_v and not needs[2]:
@@ -296,7 +296,7 @@ def _backward(
     if resident:
         _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
         if need_temperature:
-            # In a launch of its own, since the kernel has no register left for it.
+            # A separate launch, because the kernel has no registers left for it.
             products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
             _row_products(q, dq, lse, products, lse2)
     else:
@@ -324,7 +324,7 @@ def _backward(
 
 
 def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute all gradients but the temperature's, by one program for each head of each image."""
+    """Compute all gradients but the temperature's, with one program per head and image."""
     B, _, H, _ = inputs.q.shape
     launch.launch(
         prompt_attention_bwd_resident_kernel,
@@ -339,7 +339,7 @@ def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any])
 
 
 def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute the gradients of keys and values, a program for each tile; only those of prompts unless STORE_IMAGE."""
+    """Compute the gradients of keys and values, one program per tile; only those of prompts unless STORE_IMAGE."""
     B, _, H, _ = inputs.q.shape
     first_key = 0 if arguments["STORE_IMAGE"] else inputs.k.shape[1]
     launch.launch(
@@ -356,7 +356,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
 
 
 def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute the gradient of q and the terms of the temperature's, a program for each tile of queries."""
+    """Compute the gradient of q and the terms of the temperature's, one program per tile of queries."""
     B, Nq, H, _ = inputs.q.shape
     launch.launch(
         prompt_attention_bwd_dq_kernel,
@@ -432,9 +432,9 @@ def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
 
 
 def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
-    """Return the tile for the keys that whole tiles leave over; in float32 masks in every tile instead.
+    """Return the tile for the keys left over by whole tiles; float32 masks every tile instead.
 
-    Float32 products hold whole rows in registers, and a second copy of them spills.
+    Float32 products hold whole rows in registers, and a second copy of them would spill.
     """
     if q.element_size() == 4:
         return {"TAIL": 0, "MASK_ALL": True}
@@ -442,7 +442,7 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
 
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
-    """Return the query rows of one program of the resident kernel: all, unless that leaves too few programs."""
+    """Return the number of query rows per program of the resident kernel: all, unless that gives too few programs."""
     tiles = triton.cdiv(Nq, block)
     splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
     return max(1, triton.cdiv(tiles, splits)) * block

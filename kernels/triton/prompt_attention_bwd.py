@@ -1,10 +1,10 @@
 """Prompt-augmented attention, backward (docs/performance.md).
 
 `delta` = Σ out·d(out) per row and the LSE are written once, padded to whole tiles, so that no loop has to mask rows.
-Two kernels follow, one that owns a tile of keys and loops over the queries (dk, dv) and one that owns a tile of queries
-and loops over the keys (dq); or, for up to 256 keys, a single one that owns a head of an image: five products instead
-of seven. All compute the transposed scores k·qᵀ directly where they need them: Triton up to 3.7.0
-miscompiles a product with a computed, transposed operand on Hopper.
+Two kernels follow: a program of the first owns a tile of keys and loops over the queries (dk, dv), a program of the
+second owns a tile of queries and loops over the keys (dq). For up to 256 keys there is a single kernel, whose programs
+own a head of an image: five products instead of seven. All compute the transposed scores k·qᵀ directly if they need
+them, because Triton up to 3.7.0 miscompiles a product with a computed, transposed operand on Hopper.
 
 Gradients of prompts that images share are partial sums, one per image, which `prompt_attention_bwd_sum_kernel` adds in
 a fixed order: the same bits in every run.
@@ -32,7 +32,7 @@ def prompt_attention_bwd_delta_kernel(
     stride_ob, stride_om, stride_oh, stride_dob, stride_dom, stride_doh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Compute delta and the LSE in units of log2, [B·H, padded]; a padded row gets weights of 0 from an LSE of 1e30.
+    """Compute delta and the LSE in units of log2, [B·H, padded]; an LSE of 1e30 gives padded rows weights of 0.
 
     With q and dq for out and d(out), delta is q·dq, whose sum gives d(temperature).
     """
@@ -57,10 +57,10 @@ def prompt_attention_bwd_delta_kernel(
 
 @triton.jit
 def _weights(s, lse2, factor, PADDED: tl.constexpr):
-    """Recompute the softmax weights from the products and the LSE; finite for keys that are padding, if PADDED."""
+    """Recompute the softmax weights from the products and the LSE; with PADDED, finite for padded keys."""
     exponent = s * factor - lse2
     if PADDED:
-        # A key of zeros adds nothing to dq, unless its weight overflows; those of other keys are at most 1.
+        # A key of zeros adds nothing to dq unless its weight overflows; the weights of other keys are at most 1.
         exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(exponent)
 
@@ -102,7 +102,7 @@ def prompt_attention_bwd_dkdv_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of one tile of keys, from `first_key` on (N where only prompts train)."""
+    """Compute dk and dv of one tile of keys, from `first_key` on (N if only prompts train)."""
     tiles = tl.cdiv(N + P - first_key, BLOCK_N)
     i_bh = tl.program_id(0) // tiles
     o_n = first_key + (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -247,7 +247,7 @@ def prompt_attention_bwd_resident_kernel(
     STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute all gradients of one head of one image, its keys and values held throughout."""
+    """Compute all gradients of one head of one image, whose keys and values stay in registers or shared memory."""
     i_bh = tl.program_id(0)
     i_b = (i_bh // H).to(tl.int64)
     i_h = i_bh % H

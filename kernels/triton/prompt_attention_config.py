@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 Kernel = Literal["fwd", "dkdv", "dq", "bwd"]
 Length = Literal["one", "short", "long"]
 
-RESIDENT_KEYS = 256  # the most keys that a program of a resident kernel holds
-ONE = 16  # the most queries that count as a few rows, such as one class token
+RESIDENT_KEYS = 256  # the maximum number of keys of a program of a resident kernel
+ONE = 16  # the maximum number of queries that count as a few rows, such as one class token
 
 
 class Key(NamedTuple):
@@ -114,7 +114,7 @@ def choose(
 
 
 def has_resident_backward(architecture: int, head_dim: int, keys: int, itemsize: int) -> bool:
-    """Return whether one kernel, "bwd", computes all gradients; elsewhere two, "dkdv" and "dq", are better."""
+    """Return whether one kernel, "bwd", computes all gradients; otherwise two, "dkdv" and "dq", are faster."""
     return keys <= RESIDENT_KEYS and _key(architecture, "bwd", head_dim, "short", itemsize) in TABLE
 
 
@@ -125,7 +125,7 @@ def _key(architecture: int, kernel: Kernel, head_dim: int, length: Length, items
 
 
 def head_pieces(head_dim: int) -> tuple[int, int]:
-    """Split head_dim into one or two powers of two, 72 into 64 + 16, so that little of a product is padding."""
+    """Split head_dim into one or two powers of two, 72 into 64 + 16, so that products have little padding."""
     for pieces in ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0)):
         if head_dim <= sum(pieces):
             return pieces
@@ -146,13 +146,13 @@ def key_pieces(keys: int) -> tuple[int, int, int]:
 
 
 def tail(keys: int, block: int) -> int:
-    """Return the tile for the keys that whole tiles of `block` leave over: a power of two from 16, or 0."""
+    """Return the tile for the keys left over by whole tiles of `block`: a power of two from 16, or 0."""
     rest = keys % block
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
 def candidates(key: Key) -> list[Config]:
-    """Return what `bench.tune` tries for an entry; configurations that do not fit the card fail to launch."""
+    """Return the candidates of `bench.tune` for an entry; configurations that do not fit the GPU fail to launch."""
     sizes: list[tuple[int, int]] = list(product((32, 64, 128), (32, 64, 128)))
     if key.kernel == "fwd" and key.length == "one":
         sizes = [(16, n) for n in (32, 64, 128)]

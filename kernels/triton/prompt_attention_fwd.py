@@ -43,7 +43,7 @@ def prompt_attention_fwd_resident_kernel(
     BLOCK_M: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take all keys at once, as C0 + C1 + C2 columns (falling powers of two; 0 for none), so that little is padding."""
+    """Process all keys at once, as C0 + C1 + C2 columns (falling powers of two; 0 for none), with little padding."""
     tiles = tl.cdiv(Nq, tile_rows)
     i_bh = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * tile_rows
@@ -51,7 +51,7 @@ def prompt_attention_fwd_resident_kernel(
     i_h = i_bh % H
     i_set, known = prompt_set(p_index, i_b, T, HAS_INDEX)
     factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
-    # With the sign in q the largest product is the largest score; it saves one multiplication per score.
+    # With the sign moved into q, the largest product is the largest score; this saves one multiplication per score.
     sign = tl.where(factor < 0, -1.0, 1.0)
     factor = tl.abs(factor)
 
@@ -155,7 +155,7 @@ def prompt_attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, MASK_ALL: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take whole tiles of BLOCK_N keys unmasked, then the rest in one tile of TAIL keys (0: none); or MASK_ALL."""
+    """Process whole tiles of BLOCK_N keys unmasked, then the rest in one tile of TAIL keys (0: none); or MASK_ALL."""
     tiles = tl.cdiv(Nq, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,9 +1,9 @@
-"""Attention of a few query rows to the normed rows themselves, keys and values folded away (docs/shortcuts.md, 3).
+"""Attention of a few query rows to the normed rows themselves, without keys and values (docs/shortcuts.md, 3).
 
 Keys and values are the same rows, so a program owns an image, loops over tiles of its rows with an online softmax and
-uses each tile twice, for the scores and for the context: a row is read once (twice where a backward of two launches
-saves registers). All query rows, class tokens times heads, are one tile. A tile is a tuple of pieces of BLOCK_D
-columns: a width of 768 is no power of two, and the sums over its columns need not all be live at once.
+uses each tile twice, for the scores and for the context: a row is read once (twice if the backward uses two launches to
+save registers). All query rows, class tokens times heads, are one tile. A tile is a tuple of pieces of BLOCK_D columns:
+a width of 768 is not a power of two, and the sums over its columns need not all be live at once.
 
 The backward computes the scores in both orientations instead of transposing one: Triton up to 3.7.0 miscompiles a
 product with a computed, transposed operand on Hopper. Gradients of prompt rows that images share are partial sums, one
@@ -32,7 +32,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _append(pieces, piece):
-    return pieces + (piece,)  # noqa: RUF005  (Triton knows no unpacking)
+    return pieces + (piece,)  # noqa: RUF005  (Triton has no unpacking)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def row_attention_bwd_kernel(
     BLOCK_D: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_PROMPT: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients asked for, contiguous. Without d(query), programs share an image's tiles."""
+    """Compute the needed gradients, contiguous. Without d(query), programs share an image's tiles."""
     i_b = tl.program_id(0).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < M
@@ -253,7 +253,7 @@ def backward(
     lse: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, rows and prompt_rows; those that `needs` does not ask for are empty."""
+    """Return the gradients of query, rows and prompt_rows; those not in `needs` are empty."""
     need_query, need_rows, need_prompt = needs
     B, M, D = query.shape
     shared = prompt_rows is not None and prompt_rows.ndim == 2
@@ -309,7 +309,7 @@ def backward(
 
 
 def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what both kernels take besides tensors and strides."""
+    """Return the arguments of both kernels besides tensors and strides."""
     D = query.shape[2]
     BLOCK_D = min(config.block_d, max(16, triton.next_power_of_2(D)))
     aligned = D * query.element_size() % 16 == 0 and launch.aligned(*tensors)
@@ -338,12 +338,12 @@ def _block_m(M: int) -> int:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return x with the elements of a row side by side."""
+    """Return x with contiguous rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _prompts(rows: Tensor, prompt_rows: Tensor | None) -> Tensor:
-    """Return prompt rows as [B, P, D]: shared ones with a batch stride of 0, none as P = 0."""
+    """Return prompt rows as [B, P, D]: shared rows with a batch stride of 0, None as P = 0."""
     if prompt_rows is None:
         return rows[:, :0]
     return _dense(prompt_rows).expand(rows.shape[0], -1, -1)

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 Kernel = Literal["fwd", "bwd"]
 
-# What a program accumulates, BLOCK_M·D for BLOCK_M = 16 or 32 query rows: registers and shared memory must hold it.
-# ViT-Ti has 3072, ViT-S 6144, ViT-B 12288 (24576 where two rows are read), ViT-L 16384, ViT-H 20480.
+# The size of a program's accumulators, BLOCK_M·D for BLOCK_M = 16 or 32 query rows, which must fit registers and shared
+# memory. ViT-Ti has 3072, ViT-S 6144, ViT-B 12288 (24576 if the head reads two rows), ViT-L 16384, ViT-H 20480.
 SIZES = (4096, 8192, 12288, 16384, 24576)
 
 
@@ -26,7 +26,7 @@ class Key(NamedTuple):
 class Config:
     """Tiles of `block_n` rows, cut into pieces of at most `block_d` columns.
 
-    In the backward, `fused`: one launch computes all gradients; otherwise d(query) has a launch of its own, which needs
+    In the backward, `fused`: one launch computes all gradients; otherwise d(query) has a separate launch, which needs
     fewer registers but reads the rows a second time.
     """
 
@@ -37,9 +37,9 @@ class Config:
     fused: bool = True
 
 
-# Chosen from the compiled code (no spills, shared memory that fits); not measured yet. Architecture 80 also stands for
-# cards with 99 KB of shared memory. Sizes that are not here are not supported: 4-byte elements without TF32 run on no
-# matrix unit, and large ones are left to cuBLAS.
+# Chosen from the compiled code (no spills, shared memory that fits); not measured yet. Architecture 80 includes GPUs
+# with 99 KB of shared memory. Other sizes are not supported: 4-byte elements without TF32 cannot use matrix units, and
+# large sizes run on cuBLAS.
 _AMPERE: dict[tuple[Kernel, int, int], Config] = {
     ("fwd", 4096, 2): Config(64, 64, 4, 2),
     ("fwd", 8192, 2): Config(32, 128, 8, 2),
@@ -70,19 +70,19 @@ _HOPPER: dict[tuple[Kernel, int, int], Config] = {
     ("bwd", 4096, 4): Config(16, 64, 8, 1, fused=False),
     ("bwd", 8192, 4): Config(16, 64, 8, 1, fused=False),
 }
-# For rows that do not start at multiples of 16 bytes, of the least size only: loads of single elements take registers.
+# For rows that do not start at multiples of 16 bytes, smallest size only: loads of single elements take registers.
 ELEMENTWISE = Config(16, 64, 8, 1, fused=False)
 _KERNELS: tuple[Kernel, ...] = ("fwd", "bwd")
 TABLE: dict[Key, Config] = {
     **{Key(80, *key): config for key, config in _AMPERE.items()},
     **{Key(architecture, *key): config for architecture in (90, 100) for key, config in _HOPPER.items()},
-    # Architecture 0 is the interpreter, whose cost is the number of operations; two launches reach the code of both.
+    # Architecture 0 is the interpreter, whose cost is the number of operations; two launches cover the code of both.
     **{Key(0, *key): Config(128, 512, 1, 1, fused=key[1] > 4096) for key in product(_KERNELS, SIZES, (2, 4))},
 }
 
 
 def largest(architecture: int, itemsize: int) -> int:
-    """Return the largest size that is supported."""
+    """Return the largest supported size."""
     return max(key.size for key in TABLE if (key.architecture, key.itemsize) == (architecture, itemsize))
 
 
@@ -92,7 +92,7 @@ def choose(architecture: int, kernel: Kernel, size: int, itemsize: int) -> Confi
 
 
 def candidates(key: Key) -> list[Config]:
-    """Return what a tuner tries for an entry; configurations that do not fit the card fail to launch."""
+    """Return the candidates for an entry; configurations that do not fit the GPU fail to launch."""
     return [
         Config(block_n, block_d, num_warps, num_stages, fused)
         for block_n, block_d, num_warps, num_stages, fused in product(

@@ -1,8 +1,8 @@
-"""What the attention kernels share: tiles across two key segments, and products over a split head dimension.
+"""Functions of the attention kernels: tiles across two key segments, and products over a split head dimension.
 
-A tile of `BLOCK` rows and `HEAD_DIM` columns is held as one or two pieces of D0 and D1 columns, powers of two: 64 + 16
-for head_dim 72 and 80, where padding to 128 would cost half of the work. With D1 = 0 the second piece is the first and
-costs no code.
+A tile of `BLOCK` rows and `HEAD_DIM` columns is one or two pieces of D0 and D1 columns, powers of two: 64 + 16 for
+head_dim 72 and 80, where padding to 128 would waste up to half of the operations. With D1 = 0 the second piece is the
+first and generates no code.
 """
 
 import triton
@@ -14,14 +14,14 @@ def key_rows(p_image, p_prompt, o_row, N, stride_n, stride_pn, ALIGNED: tl.const
     """Return pointers to rows `o_row` of [image keys ; prompt keys], so that a tile may hold rows of both."""
     p_row = tl.where(o_row < N, p_image + o_row * stride_n, p_prompt + (o_row - N) * stride_pn)
     if ALIGNED:
-        # The selection loses the alignment; without it loads are 2 bytes wide.
+        # Triton does not see the alignment through the selection; without it loads are 2 bytes wide.
         p_row = tl.multiple_of(p_row, 16)
     return p_row  # [BLOCK]
 
 
 @triton.jit
 def rows(p_base, o_row, stride, ALIGNED: tl.constexpr):
-    """Return pointers to rows `o_row`; head_dim 40 or 72 hides the alignment of a head's first row."""
+    """Return pointers to rows `o_row`, with the alignment that Triton cannot see for head_dim 40 or 72."""
     p_row = p_base + o_row * stride
     if ALIGNED:
         p_row = tl.multiple_of(p_row, 16)
@@ -99,7 +99,7 @@ def score_factor(p_temperature, scale, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def prompt_set(p_index, i_b, T, HAS_INDEX: tl.constexpr):
-    """Return the prompt set of image `i_b`, and whether it exists (if not, the first set is read)."""
+    """Return the prompt set of image `i_b`, and whether it exists; if not, the first set."""
     i_set = i_b
     known = True
     if HAS_INDEX:

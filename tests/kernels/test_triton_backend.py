@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -45,12 +44,7 @@ def interleaved(x: Tensor) -> Tensor:
     return buffer[..., 1, :, :]
 
 
-@settings(
-    max_examples=30 if "CI" in os.environ else 8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(suppress_health_check=list(HealthCheck))
 @given(
     shape=st.builds(
         Shape,

@@ -104,7 +104,7 @@ def test_values_that_do_not_fit_the_model_are_refused_unchanged() -> None:
     for config, message in (
         (VPTConfig(3, blocks=3), "`blocks` must be <= 2, the model's depth; got 3"),
         (GateVPTConfig(2, num_gates=3), "`num_gates` must be <= 2"),
-        (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must lie in 0\.\.1"),
+        (DAVPTConfig(2, 2, (1, 2)), r"`guided_blocks` must be in 0\.\.1"),
     ):
         base = small("vit")
         with pytest.raises(ValueError, match=message):

@@ -71,7 +71,7 @@ def test_as_many_prompts_as_classes_make_the_identity() -> None:
 
 
 def test_too_few_classes_with_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="1 classes have images and 2 prompts"):
+    with pytest.raises(ValueError, match="2 prompts need as many classes with images; got 1"):
         map_classes(torch.randn(4, 5), torch.tensor([1.0, 0.0, 0.0, 0.0]), None, 2)
 
 
@@ -122,7 +122,7 @@ def test_later_maps_come_from_the_tuned_models_epoch_and_start_where_the_last_en
     assert expected is not None
     assert torch.equal(model.class_to_prompt, expected[0])
     assert_same(model.class_centroids, expected[1])
-    with pytest.raises(ValueError, match="no image has been seen"):
+    with pytest.raises(ValueError, match="there are no images"):
         model.update_class_map()
 
 
@@ -159,7 +159,7 @@ def test_models_of_other_methods_have_no_class_map() -> None:
             "`fit_class_map`: `images` must be 32x32 pixels; got 32x16",
         ),
         (lambda x, y: (x, y.float()), TypeError, "`fit_class_map`: `labels` must be int64 or int32"),
-        (lambda x, y: (x, y + 4), ValueError, "`fit_class_map`: `labels` must lie in 0..5"),
+        (lambda x, y: (x, y + 4), ValueError, "`fit_class_map`: `labels` must be in 0..5"),
     ],
     ids=["image size", "label dtype", "label range"],
 )

@@ -20,18 +20,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize `backend` by the backends of the module's OPERATION, all but those in its WITHOUT.
 
-    The interpreter takes a hundred times longer than eager: it runs the grids only with the slow tests, and beside them
-    cases chosen to reach each path of the kernels.
+    Or `operation` and `backend` by the module's OPERATIONS. The interpreter takes a hundred times longer than eager: it
+    runs the grids only with the slow tests, and beside them cases chosen to reach each path of the kernels.
     """
     if "backend" in metafunc.fixturenames:
         without = getattr(metafunc.module, "WITHOUT", ())
+        several = "operation" in metafunc.fixturenames
         grid = metafunc.definition.get_closest_marker("grid") is not None
-        names = [name for name in backends_of(metafunc.module.OPERATION) if name not in without]
-        slow = [name == "triton" and grid and not torch.cuda.is_available() for name in names]
-        params = [
-            pytest.param(n, marks=[pytest.mark.slow] if s else []) for n, s in zip(names, slow, strict=True)
-        ]
-        metafunc.parametrize("backend", params, indirect=True)
+        params = []
+        for operation in metafunc.module.OPERATIONS if several else (metafunc.module.OPERATION,):
+            for name in backends_of(operation):
+                slow = name == "triton" and grid and not torch.cuda.is_available()
+                values = (operation, name) if several else (name,)
+                if name not in without:
+                    params.append(pytest.param(*values, marks=[pytest.mark.slow] if slow else []))
+        metafunc.parametrize("operation, backend" if several else "backend", params, indirect=["backend"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

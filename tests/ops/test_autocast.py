@@ -15,7 +15,6 @@ from fastprompt.ops import (
     AttentionWeights,
     FoldedPrompts,
     folded_cross_attention,
-    gated_blend,
     prompt_attention,
     prompt_cross_attention,
 )
@@ -75,21 +74,6 @@ def test_autocast_leaves_float64_alone(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = prompt_attention(**inputs)
     assert torch.equal(out, prompt_attention(**inputs))
-
-
-def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate() -> None:
-    def plain(x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor) -> Tensor:
-        y = x + delta
-        return torch.cat((y[:, :1], gate * y[:, 1:3] + (1 - gate) * prompt_in, y[:, 3:]), 1)
-
-    inputs = {"x": torch.randn(2, 5, 6), "delta": torch.randn(2, 5, 6).bfloat16()}
-    inputs |= {"prompt_in": torch.randn(2, 2, 6), "gate": torch.tensor([0.5003])}  # 0.5 in bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        oracle = Oracle(plain, inputs)
-        got = oracle.evaluate(partial(gated_blend, start=1, length=2))
-        oracle.check(got)
-    assert got["output"].dtype == got["gradient of gate"].dtype == torch.float32
-    assert got["gradient of delta"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("form", ["folded", "direct"])

@@ -300,5 +300,5 @@ def test_a_wrong_environment_variable_is_an_error_at_the_first_call(monkeypatch:
     with pytest.raises(ValueError, match=r"`FASTPROMPT_BACKEND`.*'tpu'"):
         attend()
     monkeypatch.setattr(dispatch, "_request", "cuda")
-    with pytest.raises(NotImplementedError, match="'cuda' was asked for by name"):
+    with pytest.raises(NotImplementedError, match="'cuda' was requested by name"):
         attend()

@@ -11,9 +11,8 @@ import torch
 from attention_cases import softmax
 from numerics import by_dtype, odd_strides, packed, saved_bytes, skip_unless_served, transposed
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.correctness import Oracle, assert_same, evaluate
+from bench.correctness import Oracle
 from fastprompt.ops import (
     dispatch,
     folded_row_attention,
@@ -23,7 +22,6 @@ from fastprompt.ops import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPERATION = "folded_row_attention"
 OP = torch.ops.fastprompt.folded_row_attention
-BACKWARD = torch.ops.fastprompt.folded_row_attention_backward
 
 
 class Shape(NamedTuple):
@@ -155,13 +153,6 @@ def test_log_sum_exp_is_that_of_the_scores(backend: str, device: str) -> None:
     Oracle(lse, inputs, backward=False)(lambda **i: OP(*i.values(), backend)[1])
 
 
-def test_runs_are_equal_to_the_last_bit(backend: str, device: str) -> None:
-    inputs = draw(Shape(B=5, N=40), torch.float32, device)
-    cotangent = torch.randn(5, 3, 24)
-    first, second = (evaluate(folded_row_attention, inputs, cotangent) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_backend_by_name_goes_through_row_attention(backend: str, device: str) -> None:
     inputs: dict[str, Tensor | None] = {
         "q": torch.randn(2, 1, 2, 3, device=device),
@@ -183,27 +174,6 @@ def test_what_the_kernel_does_not_hold_is_left_to_eager(shape: Shape, backend: s
     Oracle(plain, inputs)(partial(folded_row_attention, backend="eager"))
 
 
-# Cost ---------------------------------------------------------------------------------------------------------------
-
-
-@by_kind
-@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda names: " ".join(sorted(names)))
-def test_counted_operations_are_those_that_eager_executes(trainable: set[str], per_image: bool) -> None:
-    inputs = tuple(draw(Shape(), torch.float32, per_image=per_image).values())
-    needs = [name in trainable for name in NAMES]
-    context, lse = OP(*inputs, "eager")
-    arguments = (torch.ones_like(context), *inputs, context, lse, needs)
-    for run, operation, given in (
-        (OP, "folded_row_attention", inputs),
-        (BACKWARD, "folded_row_attention_backward", arguments),
-    ):
-        with FlopCounterMode(display=False) as counted:
-            run(*given, "eager")
-        with FlopCounterMode(display=False) as executed:
-            dispatch.select(operation, "eager", *given)[1].run(*given)
-        assert counted.get_total_flops() == executed.get_total_flops() > 0
-
-
 def test_image_rows_are_not_kept_when_prompt_rows_alone_train() -> None:
     B, M, N, P, D = shape = Shape(B=2, N=50)
     query, rows, prompt_rows = draw(shape, torch.float32).values()
@@ -216,55 +186,7 @@ def test_image_rows_are_not_kept_when_prompt_rows_alone_train() -> None:
     assert kept == 4 * (2 * B * M * D + B * N * D + P * D + B * M)
 
 
-# The operator -------------------------------------------------------------------------------------------------------
-
-
-@by_kind
-def test_gradcheck(per_image: bool) -> None:
-    inputs = draw(Shape(B=2, M=2, N=3, P=2, D=4), torch.float64, per_image=per_image)
-    tensors = tuple(x.requires_grad_() for x in inputs.values())  # type: ignore[union-attr]
-    assert torch.autograd.gradcheck(folded_row_attention, tensors)
-
-
-@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda names: " ".join(sorted(names)))
-def test_opcheck(trainable: set[str]) -> None:
-    inputs = draw(Shape(), torch.float32, per_image="rows" in trainable)
-    torch.library.opcheck(
-        OP.default, (*(x.requires_grad_(n in trainable) for n, x in inputs.items()), "auto")
-    )  # type: ignore[union-attr]
-
-
-def test_opcheck_without_prompts() -> None:
-    inputs = draw(Shape(), torch.float32)
-    query, rows = (inputs[name].requires_grad_() for name in ("query", "rows"))  # type: ignore[union-attr]
-    torch.library.opcheck(OP.default, (query, rows, None, "auto"))
-
-
-def test_opcheck_of_the_gradient() -> None:
-    inputs = tuple(draw(Shape(), torch.float32).values())
-    context, lse = OP(*inputs, "auto")
-    arguments = (torch.randn_like(context), *inputs, context, lse, [True, False, True], "auto")
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(BACKWARD.default, arguments, test_utils=tests)
-
-
-def test_compiles_to_one_graph(fresh_compiler: None) -> None:
-    compiled = torch.compile(folded_row_attention, fullgraph=True, backend="aot_eager")
-    Oracle(folded_row_attention, draw(Shape(), torch.float64))(compiled)
-
-
-def test_second_derivative_is_refused() -> None:
-    inputs = [x.requires_grad_() for x in draw(Shape(), torch.float32).values()]  # type: ignore[union-attr]
-    first = torch.autograd.grad(folded_row_attention(*inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"folded_row_attention_backward.*reference"):
-        sum(g.square().sum() for g in first).backward()  # type: ignore[union-attr]
-
-
-def test_vmap_is_a_loop() -> None:
-    query, rows, prompt_rows = draw(Shape(), torch.float64).values()
-    many = torch.stack([prompt_rows, prompt_rows * 2])  # type: ignore[list-item, operator]
-    got = torch.func.vmap(folded_row_attention, in_dims=(None, None, 0))(query, rows, many)
-    assert_same(got, torch.stack([folded_row_attention(query, rows, p) for p in many]))  # type: ignore[arg-type]
+# Autocast, and what it refuses --------------------------------------------------------------------------------------
 
 
 def test_autocast_runs_it_in_bfloat16_and_leaves_float64_alone() -> None:

@@ -167,16 +167,3 @@ def test_frozen_keys_and_values_are_not_kept_for_the_backward(backend: str, devi
         only_prompts
         == sizes["q"] + sizes["prompt_k"] + sizes["prompt_v"] + sizes["temperature"] + output + lse
     )
-
-
-def test_nothing_is_kept_when_nothing_trains(backend: str, device: str) -> None:
-    inputs = draw(Shape(), torch.float32, device)
-    assert saved_bytes(lambda: prompt_attention(**inputs)) == 0
-    assert not prompt_attention(**inputs).requires_grad
-
-
-def test_inputs_are_left_alone(backend: str, device: str) -> None:
-    inputs = draw(Shape(kind="table"), torch.float32, device)
-    before = {name: x.clone() for name, x in inputs.items() if x is not None}
-    evaluate(prompt_attention, inputs, torch.randn(3, 11, 2, 32, device=device))
-    assert all(torch.equal(x, before[name]) for name, x in inputs.items() if x is not None)

@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import concatenated
 from numerics import by_dtype, by_layout
 from torch import Tensor
 
 from bench.correctness import Oracle, assert_same
-from fastprompt.ops import prompt_attention_reference, row_attention
+from fastprompt.ops import row_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -62,7 +63,7 @@ def projected(
     temperature: Tensor | None = None,
     k_bias: Tensor | None = None,
 ) -> Tensor:
-    """Prompt attention on keys and values made of all rows."""
+    """Prompt attention on keys and values made of all rows, in plain PyTorch."""
     heads = q.shape[2:]
     k, v = (
         F.linear(rows, k_weight, k_bias).unflatten(-1, heads),
@@ -72,7 +73,7 @@ def projected(
     if prompt_rows is not None:
         prompts["prompt_k"] = F.linear(prompt_rows, k_weight, k_bias).unflatten(-1, heads)
         prompts["prompt_v"] = F.linear(prompt_rows, v_weight, v_bias).unflatten(-1, heads)
-    return prompt_attention_reference(q, k, v, **prompts, scale=scale, temperature=temperature)
+    return concatenated(q, k, v, **prompts, scale=scale, temperature=temperature)
 
 
 @by_size
@@ -97,29 +98,11 @@ def test_bias_of_the_key_has_no_effect() -> None:
     assert_same(row_attention(**inputs), projected(**inputs, k_bias=k_bias))  # type: ignore[arg-type]
 
 
-def plain(
-    q: Tensor,
-    rows: Tensor,
-    prompt_rows: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    temperature: Tensor | None = None,
-) -> Tensor:
-    """Plain PyTorch in the inputs' dtype: keys and values of all rows, matmul, softmax, matmul."""
-    every = torch.cat((rows, prompt_rows.expand(len(rows), *prompt_rows.shape[-2:])), 1)
-    k, v = (every @ k_weight.T).unflatten(-1, (3, 8)), (every @ v_weight.T + v_bias).unflatten(-1, (3, 8))
-    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * 8**-0.5
-    if temperature is not None:
-        scores = scores / temperature
-    return (scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
-
-
 @by_dtype
 @pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per image"])
 def test_output_and_gradients(per_image: bool, dtype: torch.dtype) -> None:
     inputs = draw(SIZES["class token"], dtype, per_image=per_image, temperature=False)
-    Oracle(plain, inputs)(row_attention)
+    Oracle(projected, inputs)(row_attention)
 
 
 @by_layout
@@ -137,7 +120,7 @@ def test_strides_do_not_matter(layout) -> None:
 
 def test_autocast_runs_it_in_low_precision_and_trains_the_temperature_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        oracle = Oracle(plain, draw(SIZES["class token"], torch.float32))
+        oracle = Oracle(projected, draw(SIZES["class token"], torch.float32))
         got = oracle.evaluate(row_attention)
         oracle.check(got)
     assert got["output"].dtype == torch.bfloat16

@@ -167,10 +167,15 @@ def test_very_negative_prompt_score_has_no_effect(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_very_large_scores_do_not_overflow(backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = draw(Shape(), dtype, device)
+    # Beyond what exp holds, and with many images: in a single row, rounding decides between two keys only by chance.
+    # Without the gradient of the temperature: of saturated weights it is the rounding of q·dq alone.
+    inputs = draw(Shape(B=16), dtype, device)
     for name in ("q", "k", "prompt_k"):
-        inputs[name] *= 50  # type: ignore[operator]
-    Oracle(concatenated, inputs)(prompt_attention)
+        inputs[name] *= 12  # type: ignore[operator]
+    assert torch.einsum("bqhd,bkhd->bhqk", inputs["q"], inputs["k"]).abs().max() > 300  # type: ignore[arg-type]
+    trained = [name for name, x in inputs.items() if x is not None and x.is_floating_point()]
+    trained.remove("temperature")
+    Oracle(concatenated, inputs, trainable=trained)(prompt_attention)
 
 
 @pytest.mark.parametrize("kind", KINDS)

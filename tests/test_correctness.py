@@ -15,8 +15,8 @@ from bench.correctness import Oracle, WrongResult, assert_as_exact, assert_same,
 from fastprompt import ops
 
 B, N, P, H, D = 3, 21, 5, 2, 24
-# The relative error that is planted. In low precision plain PyTorch itself is off by half a percent or two.
-PLANTED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.04, torch.bfloat16: 0.3}
+# The relative error that is planted. In bfloat16 plain PyTorch itself may be off by several percent in a gradient.
+PLANTED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.2}
 by_dtype = pytest.mark.parametrize("dtype", PLANTED, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -101,6 +101,8 @@ OPERATIONS = {
         ops.folded_row_attention, row, {"query": (B, H, D), "rows": (B, N, D), "prompt_rows": (P, D)}
     ),
 }
+# Sums over everything that nearly cancel: rounded to 16 bits, their terms leave less of the result.
+SUMS = tuple(f"gradient of {name}" for name in ("temperature", "gate", "q_bias", "k_bias"))
 by_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
@@ -116,9 +118,10 @@ def draw(operation: Operation, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def damaged(name: str, x: Tensor) -> list[Tensor]:
     """Copies of a result, each with one thing wrong."""
-    off = x * (1 + PLANTED[x.dtype])
+    planted = PLANTED[x.dtype] * (2 if name in SUMS and x.dtype.itemsize == 2 else 1)
+    off = x * (1 + planted)
     if name == "gradient of k_bias":
-        off = x + 10 * PLANTED[x.dtype]  # it is zero, a sum of terms of size 1 that cancel
+        off = x + 10 * planted  # it is zero, a sum of terms of size 1 that cancel
     one_nan = x.clone(memory_format=torch.contiguous_format)
     one_nan.view(-1)[-1] = torch.nan
     other = torch.float64 if x.dtype == torch.float32 else torch.float32

@@ -35,5 +35,7 @@ def show(out: Path, *, seeds: int | None, quick: bool) -> None:
     for row in results.rows:
         table.add_row(*cells(row))
     console.print(table)
-    for line in [*summary(results), *(f"wrote {path}" for path in save(results, out))]:
+    for line in summary(results):
         console.print(line, highlight=False)
+    for path in save(results, out):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)  # a path in one piece, to be copied

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "one image": Shape(B=1, Nq=17, N=17),
     "one token": Shape(B=12, Nq=1, N=1),
-    "one token, one prompt": Shape(B=12, Nq=1, N=1, P=1, d=8),
+    "one token, one prompt": Shape(B=64, Nq=1, N=1, P=1, d=8),
     "no prompts": Shape(P=0, d=40),
     "one query": Shape(Nq=1, N=19, d=64),
     "more queries than keys": Shape(Nq=21, N=3, d=72),

@@ -1,7 +1,7 @@
 """Trust on first use: compare a kernel's results with plain PyTorch's the first time it runs in this process.
 
-The project's rule decides (`bench/correctness.py`): the error against float64, over each whole output, may be twice
-that of plain PyTorch in the same dtype, plus a rounding. A kernel that fails is refused for the rest of the process; it
+The project's rule decides (:mod:`fastprompt.ops.rounding`): the error against float64, over each whole output, may be
+about twice that of plain PyTorch in the same dtype. A kernel that fails is refused for the rest of the process; it
 is reported once, and the call and all later ones take the next way. ``FASTPROMPT_CHECK`` is ``first`` (default),
 ``always`` (check every call) or ``never``.
 
@@ -17,6 +17,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
@@ -24,14 +25,12 @@ from torch import Tensor
 
 from fastprompt.kernels import identities
 from fastprompt.kernels.identities import Identity
+from fastprompt.ops.rounding import DRAWS, RandomRounding, allowed, chance
 
 T = TypeVar("T")
 MODES = ("first", "always", "never")
 # Numbers in the images that are compared at a time: 32 MB in float64, and as often as much for what is made of them.
 CHUNK = 2**22
-
-# Of a normal distribution, as in bench/correctness.py.
-DEVIATIONS = 6.0
 
 _mode: str = os.environ.get("FASTPROMPT_CHECK", "").strip().lower() or "first"
 
@@ -48,6 +47,7 @@ class Form(NamedTuple):
     exact: Callable[..., Any] | None = None
 
 
+_Part = tuple[slice, tuple[Any, ...]]
 _forms: dict[str, Form] = {}
 
 
@@ -114,83 +114,73 @@ def report() -> list[str]:
 def _compare(name: str, results: Any, plain: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
     """Return what is wrong with `results`, or None."""
     form = _forms.get(name, Form(lambda *args: ()))
-    exact = plain if form.exact is None else form.exact
-    ours = _tensors(results)
-    comparisons = [_Comparison() for _ in ours]
     parts = list(_parts(form.images(*args), args))
-    for rows, part in parts:
-        wanted = _tensors(exact(*(_double(x) for x in part)))
-        usual = _tensors(plain(*part))
-        for comparison, got, p, want in zip(comparisons, ours, usual, wanted, strict=True):
-            if len(parts) > 1 and got.shape[:1] != want.shape[:1]:
-                comparison.add(got[rows], p, want)
-            else:  # a sum over the images, or all of them
-                comparison.collect(got, p, want)
-    for comparison in comparisons:
-        comparison.add_sums()
-    relative = math.hypot(*(c.plain for c in comparisons)) / (
-        math.hypot(*(c.size for c in comparisons)) or 1.0
-    )
-    for i, (comparison, got) in enumerate(zip(comparisons, ours, strict=True)):
-        fault = comparison.fault(torch.finfo(got.dtype), relative)
-        if fault is not None:
-            return f"result {i} of {len(ours)}: {fault}"
-    return None
+    return _Check(_tensors(results), plain, form.exact or plain, parts).fault()
 
 
-class _Comparison:
-    """The error of one result, and of its plain form, against the exact one, over all images."""
+class _Check:
+    """Results of a call, with the arguments of plain PyTorch for some images after others."""
 
-    def __init__(self) -> None:
-        self.squares: Any = 0.0  # of our error, plain's, and the exact values
-        self.count = 0
-        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
-        self.misshapen: str | None = None
+    def __init__(
+        self, results: list[Tensor], plain: Callable[..., Any], exact: Callable[..., Any], parts: list[_Part]
+    ) -> None:
+        self.results, self.plain, self.exact, self.parts = results, plain, exact, parts
 
-    def add(self, got: Tensor, plain: Tensor, want: Tensor) -> None:
-        if want.numel() == 0:  # not needed
-            return
-        if got.shape != want.shape:
-            self.misshapen = f"shape {tuple(got.shape)}, not {tuple(want.shape)}"
-            return
-        # Where plain PyTorch overflows there is nothing to compare with.
-        valid = plain.isfinite() & want.isfinite()
-        rows = (got.double() - want, plain.double() - want, want)
-        self.squares = self.squares + torch.stack([x.where(valid, 0.0).square().sum() for x in rows])
-        self.count += want.numel()
+    def fault(self) -> str | None:
+        """Return what is wrong, or None."""
+        drawn: list[list[float]] = []
+        for i, (result, norms) in enumerate(zip(self.results, self._norms([nullcontext()]), strict=True)):
+            error, usual, size = norms
+            most = allowed(result.dtype, size, result.numel(), usual)
+            if not error <= most:
+                drawn = drawn or self._norms([RandomRounding(seed) for seed in range(DRAWS)])
+                _, *errors, _ = drawn[i]
+                most = allowed(result.dtype, size, result.numel(), usual, *chance(errors, result.numel()))
+            if not error <= most:
+                return (
+                    f"result {i + 1} of {len(self.results)}: off by {error:.2e}, plain PyTorch by {usual:.2e}; "
+                    f"{most:.2e} is allowed; its norm is {size:.2e}"
+                )
+        return None
 
-    def collect(self, got: Tensor, plain: Tensor, want: Tensor) -> None:
-        before = self.sums
-        self.sums = (
-            (got, plain.double(), want) if before is None else (got, before[1] + plain, before[2] + want)
-        )
-
-    def add_sums(self) -> None:
-        """Compare the sums, and read the numbers from the device."""
-        if self.sums is not None:
-            self.add(*self.sums)
-        self.ours, self.plain, self.size = (
-            [math.sqrt(x) for x in self.squares.tolist()] if self.count else [0.0] * 3
-        )
-
-    def fault(self, finfo: torch.finfo, relative: float) -> str | None:
-        """Return what is wrong, or None; `relative` is plain PyTorch's error of all results together."""
-        if self.misshapen is not None:
-            return self.misshapen
-        if not self.count:
-            return None
-        typical = self.size * relative
-        rounding = finfo.eps * (self.size + finfo.smallest_normal * math.sqrt(self.count))
-        allowed = 2 * max(self.plain, typical) + DEVIATIONS * typical / math.sqrt(self.count) + rounding
-        if self.ours <= allowed:
-            return None
-        return (
-            f"off by {self.ours:.2e}, plain PyTorch by {self.plain:.2e}; {allowed:.2e} is allowed; "
-            f"its norm is {self.size:.2e}"
-        )
+    def _norms(self, contexts: Sequence[AbstractContextManager[Any]]) -> list[list[float]]:
+        """Return for each result the norms of its error, of plain PyTorch's in each context, and of the exact one."""
+        sums: dict[int, list[Tensor]] = {}
+        squares: dict[int, Tensor] = {}
+        for rows, arguments in self.parts:
+            forms = []
+            for context in contexts:
+                with context:
+                    forms.append(_tensors(self.plain(*arguments)))
+            forms.append(_tensors(self.exact(*(_double(x) for x in arguments))))
+            for i, (result, *found) in enumerate(zip(self.results, *forms, strict=True)):
+                if len(self.parts) > 1 and result.shape[:1] != found[-1].shape[:1]:
+                    part = _squares([result[rows], *found])
+                    squares[i] = squares[i] + part if i in squares else part
+                else:  # a sum over the images, or the result for all of them
+                    before = sums.get(i, [torch.zeros_like(x, dtype=torch.float64) for x in found])
+                    sums[i] = [a + b for a, b in zip(before, found, strict=True)]
+        squares |= {i: _squares([self.results[i], *found]) for i, found in sums.items()}
+        return [[math.sqrt(x) for x in squares[i].tolist()] for i in range(len(self.results))]
 
 
-def _parts(images: Sequence[int], args: tuple[Any, ...]) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+def _squares(forms: list[Tensor]) -> Tensor:
+    """Return the squared errors of `forms` but the last, the exact one, and its squared norm.
+
+    Where plain PyTorch, the second, is not finite there is nothing to compare with. The exact form of a result that is
+    not needed is empty; the others may be anything.
+    """
+    *others, exact = forms
+    if exact.numel() == 0:
+        return exact.new_zeros(len(forms))
+    if any(x.shape != exact.shape for x in others):
+        return exact.new_full((len(forms),), math.inf)
+    valid = forms[1].isfinite() & exact.isfinite()
+    errors = [x.double() - exact for x in others]
+    return torch.stack([x.where(valid, 0.0).square().sum() for x in (*errors, exact)])
+
+
+def _parts(images: Sequence[int], args: tuple[Any, ...]) -> Iterator[_Part]:
     """Yield the arguments for some images after others: those in `images` sliced, the others as they are."""
     batched = {i for i in images if isinstance(args[i], Tensor)}
     if not batched:

@@ -154,7 +154,7 @@ def test_wrong_kernels_of_every_operation_are_refused(
     assert states() == {"trusted"}
     identities.known.clear()
     monkeypatch.setattr(kernel, "run", wrong)
-    with pytest.warns(RuntimeWarning, match=f"`{operation}`: result 0 of"):
+    with pytest.warns(RuntimeWarning, match=f"`{operation}`: result 1 of"):
         oracle(form.function)
 
 

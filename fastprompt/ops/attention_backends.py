@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprompt.ops import attention_choice, attention_ways, dispatch, prompt_segment
+from fastprompt.kernels.identities import Refused
+from fastprompt.ops import attention_choice, attention_ways, dispatch, prompt_segment, trust
 from fastprompt.ops.attention_choice import Way
-from fastprompt.ops.attention_ways import Gradients, Inputs, call_of
+from fastprompt.ops.attention_ways import Gradients, Inputs, call_of, needs_image_keys
 
 
 def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +96,7 @@ class _Operation:
         name: of the operator.
         by: computes it by one way.
         read: returns, of its arguments, the inputs and which of their gradients are needed (None: it is a forward).
+        exact: computes it from arguments in float64, to check kernels; default by joining keys.
     """
 
     def __init__(
@@ -101,8 +104,10 @@ class _Operation:
         name: str,
         by: Callable[..., Any],
         read: Callable[..., tuple[Inputs, Sequence[bool] | None]],
+        exact: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.by, self.read = name, by, read
+        trust.describe(name, self.images, exact)
         dispatch.register(name, "triton", self.run_triton, self.why_not_triton, self.why_defer)
         dispatch.register(name, "eager", self.run_eager, self.why_not_eager)
 
@@ -121,10 +126,22 @@ class _Operation:
     def run_triton(self, *arguments: Any) -> Any:
         inputs, needs = self.read(*arguments)
         order = attention_choice.ways(call_of(inputs, needs))
-        possible = [way for way in order if self.why_not_way(way, inputs, needs) is None]
-        for way in possible:
-            return self.by(way, True, *arguments)
-        raise NotImplementedError(self.why_not_triton(*arguments))
+        plain = partial(self.by, "joined", False)
+        refused = None
+        for way in order:
+            if self.why_not_way(way, inputs, needs) is None:
+                try:
+                    return trust.run(self.name, partial(self.by, way, True), plain, *arguments)
+                except Refused as error:
+                    refused = error
+        raise refused or NotImplementedError(self.why_not_triton(*arguments))
+
+    def images(self, *arguments: Any) -> list[int]:
+        """Return the positions of the arguments whose first dimension counts the images."""
+        inputs, needs = self.read(*arguments)
+        shared = () if inputs.prompt_index is None and _ndim(inputs.prompt_k) == 4 else inputs[3:5]
+        single = {id(x) for x in (*shared, inputs.temperature)}
+        return [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and id(x) not in single]
 
     def why_not_triton(self, *arguments: Any) -> str | None:
         inputs, needs = self.read(*arguments)
@@ -177,6 +194,10 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"fastprompt.kernels.triton.{name}")
 
 
+def _ndim(x: Tensor | None) -> int:
+    return 0 if x is None else x.ndim
+
+
 def _segment(kernels: bool) -> Any:
     return _module("prompt_segment") if kernels else prompt_segment
 
@@ -199,7 +220,22 @@ def _read_packed_backward(grad: Tensor, qkv: Tensor, *arguments: Any) -> tuple[I
     return Inputs(*[*unpack(qkv), *tensors, scale]), _unpacked(needs)
 
 
+def _exact_backward(by: Callable[..., Any], *arguments: Any) -> Any:
+    """Return gradients by joining keys, from an output and log-sum-exp that are as exact as the inputs."""
+    *before, out, lse, scale, needs = arguments
+    grad, *tensors = before
+    if needs_image_keys(needs if len(needs) == 6 else _unpacked(needs)):  # else there may be no image's keys
+        forward = _forward if by is _backward else _packed_forward
+        out, lse = forward("joined", False, *tensors, scale)
+    return by("joined", False, grad, *tensors, out, lse, scale, needs)
+
+
 _Operation("prompt_attention", _forward, _read_forward)
-_Operation("prompt_attention_backward", _backward, _read_backward)
+_Operation("prompt_attention_backward", _backward, _read_backward, partial(_exact_backward, _backward))
 _Operation("packed_prompt_attention", _packed_forward, _read_packed_forward)
-_Operation("packed_prompt_attention_backward", _packed_backward, _read_packed_backward)
+_Operation(
+    "packed_prompt_attention_backward",
+    _packed_backward,
+    _read_packed_backward,
+    partial(_exact_backward, _packed_backward),
+)

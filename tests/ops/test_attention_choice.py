@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import Shape, draw
+from attention_cases import Shape, concatenated, draw
 from numerics import backends_of
 
-from fastprompt.ops import attention_choice, prompt_attention
+from bench.correctness import Oracle
+from fastprompt.kernels import identities
+from fastprompt.ops import attention_choice, packed_prompt_attention, prompt_attention
 from fastprompt.ops.attention_backends import _module
 from fastprompt.ops.attention_choice import WAYS, Call, use_way, ways
 
@@ -119,3 +122,45 @@ class TestTriton:
         with use_way(way):
             prompt_attention(**inputs, backend="triton")
         assert [k.fn.__name__ for k in launched] == [kernel]
+
+    @pytest.mark.parametrize("way", ["looped", "split"])
+    @pytest.mark.parametrize(
+        ("shape", "trainable"),
+        [
+            (Shape(B=2, Nq=5, N=3, P=2, d=8), None),
+            (Shape(B=2, Nq=5, N=3, P=2, d=40, kind="table"), None),
+            (Shape(B=2, Nq=5, N=3, P=2, d=8, kind="per image"), {"prompt_k", "prompt_v"}),
+            (Shape(B=2, Nq=5, N=0, P=2, d=8), None),
+        ],
+        ids=["shared", "table", "per image, prompts alone", "no image keys"],
+    )
+    def test_a_way_by_name_has_the_right_numbers(
+        self, way: str, shape: Shape, trainable: set[str] | None
+    ) -> None:
+        oracle = Oracle(concatenated, draw(shape, torch.float32), trainable=trainable)
+        with use_way(way):
+            oracle(partial(prompt_attention, backend="triton"))
+
+    def test_packed_by_split(self) -> None:
+        inputs = draw(Shape(B=2, Nq=5, N=5, P=2, d=8), torch.float16)
+        inputs["qkv"] = torch.stack([inputs.pop(name) for name in "qkv"], 2)  # type: ignore[arg-type]
+        oracle = Oracle(lambda qkv, **rest: concatenated(*qkv.unbind(2), **rest), inputs)
+        with use_way("split"):
+            oracle(partial(packed_prompt_attention, backend="triton"))
+
+    def test_a_refused_way_is_followed_by_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        launchers, tried = _module("prompt_attention"), []
+        right = launchers.forward
+
+        def refused(*args: Any, way: str) -> Any:
+            tried.append(way)
+            if way == "resident":
+                raise identities.Refused("it is wrong")
+            return right(*args, way=way)
+
+        monkeypatch.setattr(launchers, "forward", refused)
+        inputs = draw(Shape(Nq=18), torch.float32)
+        Oracle(concatenated, inputs, backward=False)(partial(prompt_attention, backend="triton"))
+        assert tried == ["resident", "looped"]
+        with use_way("resident"), pytest.raises(NotImplementedError, match="'resident': it is wrong"):
+            prompt_attention(**inputs, backend="triton")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -77,16 +74,8 @@ def test_an_unknown_way_is_named() -> None:
         pass
 
 
-def test_the_environment_forces_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", "from fastprompt.ops.attention_choice import forced; print(forced())"],
-        env={**os.environ, "FASTPROMPT_ATTENTION": " Split", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (result.stdout.strip(), result.returncode) == ("split", 0), result.stderr
+def test_a_wrong_environment_variable_is_an_error_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # test_dispatch.py reads the variable in a process of its own.
     monkeypatch.setattr(attention_choice, "_request", "fast")
     with pytest.raises(ValueError, match="`FASTPROMPT_ATTENTION`: there is no way 'fast'"):
         prompt_attention(**draw(Shape(), torch.float32))

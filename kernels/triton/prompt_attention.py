@@ -13,9 +13,9 @@ from fastprompt.kernels.triton.prompt_attention_bwd import (
     prompt_attention_bwd_delta_kernel,
     prompt_attention_bwd_dkdv_kernel,
     prompt_attention_bwd_dq_kernel,
-    prompt_attention_bwd_resident_kernel,
     prompt_attention_bwd_sum_kernel,
 )
+from fastprompt.kernels.triton.prompt_attention_bwd_resident import prompt_attention_bwd_resident_kernel
 from fastprompt.kernels.triton.prompt_attention_config import (
     Config,
     Kernel,

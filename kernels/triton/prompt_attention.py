@@ -272,34 +272,52 @@ def _backward(
         dk = torch.empty_like(inputs.k, memory_format=torch.contiguous_format)
     if image and need_v and not needs[2]:
         dv = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+    images = _images_of_a_program(B, H, device) if resident and inputs.prompt_k.ndim == 3 else 1
+    groups = triton.cdiv(B, images)
     dtype = torch.float32 if inputs.shared else q.dtype
     partial_k, partial_v = (
-        torch.empty((B, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
+        torch.empty((groups, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
         for need in (need_k, need_v)
     )
     sized = dk if dk.numel() else dv
     partial = partial_k if partial_k.numel() else partial_v
-    padded = triton.cdiv(Nq, 128) * 128
-    delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
     dob, dom, doh = _strides(grad)
     arguments.update(p_do=grad, stride_dob=dob, stride_dom=dom, stride_doh=doh)
-    arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
     dqb, dqm, dqh = _strides(dq)
     to_queries = {"p_dq": dq, "stride_dqb": dqb, "stride_dqm": dqm, "stride_dqh": dqh}
     (dkb, dkn, dkh), (dpb, dpn, dph) = _strides(sized), _strides(partial)
     to_keys = {"p_dk": dk, "p_dv": dv, "stride_dkb": dkb, "stride_dkn": dkn, "stride_dkh": dkh}
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, stride_dpb=dpb, stride_dpn=dpn, stride_dph=dph)
 
-    _row_products(out, grad, lse, delta, lse2)
     products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
-        _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
+        config = find("bwd")
+        launch.launch(
+            prompt_attention_bwd_resident_kernel,
+            (H, groups),
+            device,
+            **arguments,
+            **to_queries,
+            **to_keys,
+            p_lse=lse,
+            B=B,
+            images=images,
+            BLOCK_M=config.block_m,
+            KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
+            STORE_PROMPT=prompt,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if need_temperature:
             # A separate launch, because the kernel has no registers left for it.
-            products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
+            products, lse2 = torch.empty_like(lse), torch.empty_like(lse)
             _row_products(q, dq, lse, products, lse2)
     else:
+        padded = triton.cdiv(Nq, 128) * 128
+        delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
+        _row_products(out, grad, lse, delta, lse2)
+        arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
         if need_k or need_v:
             flags = {"NEED_K": need_k, "NEED_V": need_v, "STORE_IMAGE": image, "STORE_PROMPT": prompt}
             _launch_keys(inputs, find("dkdv"), {**arguments, **to_keys, **flags})
@@ -321,21 +339,6 @@ def _backward(
     else:
         results.append(q.new_empty(0))
     return results[0], results[1], results[2]
-
-
-def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute all gradients but the temperature's, with one program per head and image."""
-    B, _, H, _ = inputs.q.shape
-    launch.launch(
-        prompt_attention_bwd_resident_kernel,
-        (B * H,),
-        inputs.q.device,
-        **arguments,
-        BLOCK_M=config.block_m,
-        KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
 
 
 def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
@@ -446,6 +449,20 @@ def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) ->
     tiles = triton.cdiv(Nq, block)
     splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
     return max(1, triton.cdiv(tiles, splits)) * block
+
+
+def _images_of_a_program(B: int, H: int, device: torch.device) -> int:
+    """Return how many images a program of the resident backward owns: the fewest rounds, then the most images."""
+    slots = launch.multiprocessors(device)
+    best = 1, triton.cdiv(B * H, slots)
+    for waves in range(1, 4):
+        groups = min(B, waves * slots // H)
+        if groups:
+            images = triton.cdiv(B, groups)
+            rounds = images * triton.cdiv(triton.cdiv(B, images) * H, slots)
+            if rounds < best[1] or (rounds == best[1] and images > best[0]):
+                best = images, rounds
+    return best[0]
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def _dq_step(
 
 
 @triton.jit
-def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
     """Return Σ a·b of each row. (Triton 3.6 cannot compile the sum over a whole tile for Blackwell.)"""
     product = tl.sum(a0.to(tl.float32) * b0, 1)
     if D1 > 0:
@@ -231,7 +231,7 @@ def prompt_attention_bwd_dq_kernel(
         store(p_row, m_m, dq0, dq1, HEAD_DIM, D0, D1)
     if NEED_TEMPERATURE:
         p_row = p_products + i_bh.to(tl.int64) * Nq + o_m
-        tl.store(p_row, _dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
+        tl.store(p_row, dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
 
 
 @triton.jit(do_not_specialize=("B",))

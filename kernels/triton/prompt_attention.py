@@ -109,6 +109,7 @@ def forward(
     arguments = inputs.arguments(out)
     stride_ob, stride_om, stride_oh, _ = out.stride()
     arguments.update(p_out=out, p_lse=lse, stride_ob=stride_ob, stride_om=stride_om, stride_oh=stride_oh)
+    arguments["POSITIVE"] = temperature is None and scale > 0
     config = choose(launch.architecture(q.device), "fwd", d, Nq, inputs.keys, q.element_size())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.block_n:
@@ -119,6 +120,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            AWAIT=_awaits(q.device),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -353,6 +355,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -368,6 +371,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q.device),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -442,6 +446,14 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     if q.element_size() == 4:
         return {"TAIL": 0, "MASK_ALL": True}
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
+
+
+def _awaits(device: torch.device) -> bool:
+    """Return whether loops must await a product in the pass that starts it: on Hopper.
+
+    There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
+    """
+    return launch.architecture(device) == 90
 
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastprompt.kernels.triton.tiles import (
     accumulate,
+    awaited,
     contract,
     key_rows,
     load,
@@ -91,7 +92,9 @@ def store_keys(
         store(rows(p_prompt, o_n - N, stride_pn, ALIGNED), m_prompt, g0, g1, HEAD_DIM, D0, D1)
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T", "first_key"))
+@triton.jit(
+    do_not_specialize=("Nq", "N", "P", "T", "first_key"), do_not_specialize_on_alignment=("p_temperature",)
+)
 def prompt_attention_bwd_dkdv_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dk, p_dv, p_dpk, p_dpv,
     scale, Nq, padded, N, P, T, H, first_key,
@@ -101,6 +104,7 @@ def prompt_attention_bwd_dkdv_kernel(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one tile of keys, from `first_key` on (N if only prompts train)."""
     tiles = tl.cdiv(N + P - first_key, BLOCK_N)
@@ -134,8 +138,10 @@ def prompt_attention_bwd_dkdv_kernel(
         w, ds = transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, False, D1, PRECISION)
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
+            dv0, dv1 = awaited(dv0, dv1, D1, AWAIT)
         if NEED_K:
             dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
+            dk0, dk1 = awaited(dk0, dk1, D1, AWAIT)
 
     o_image = i_b * stride_dkb + i_h * stride_dkh
     o_prompt = i_b * stride_dpb + i_h * stride_dph
@@ -157,14 +163,15 @@ def _dq_step(
     dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, o_n, N, P, factor,
     stride_kn, stride_vn, stride_pkn, stride_pvn,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     m_n = o_n < N + P
     k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     w = _weights(contract(q0, q1, k0, k1, D1, PRECISION), lse2[:, None], factor, PADDED)
     ds = w * (contract(do0, do1, v0, v1, D1, PRECISION) - delta[:, None])  # [BLOCK_M, BLOCK_N]
-    return accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+    dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+    return awaited(dq0, dq1, D1, AWAIT)
 
 
 @triton.jit
@@ -176,7 +183,7 @@ def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
     return product  # [BLOCK]
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
+@triton.jit(do_not_specialize=("Nq", "N", "P", "T"), do_not_specialize_on_alignment=("p_temperature",))
 def prompt_attention_bwd_dq_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dq, p_products,
     scale, Nq, padded, N, P, T, H,
@@ -187,6 +194,7 @@ def prompt_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, MASK_ALL: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_TEMPERATURE: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one tile of queries, and q·dq of each row, whose sum gives d(temperature)."""
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -217,11 +225,12 @@ def prompt_attention_bwd_dq_kernel(
         dq0, dq1 = _dq_step(
             dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, start + tl.arange(0, BLOCK_N), N, P,
             factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, MASK_ALL, ALIGNED, PRECISION,
+            AWAIT,
         )  # fmt: skip
     if TAIL > 0:
         dq0, dq1 = _dq_step(
             dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, whole + tl.arange(0, TAIL), N, P,
-            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION,
+            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
     natural = factor * 0.6931471805599453
     dq0 *= natural

@@ -163,10 +163,27 @@ def _why_not_way(way: Way, inputs: Inputs, needs: Sequence[bool] | None) -> str 
     """Return why `way` cannot run with Triton's kernels a call that they can run otherwise, or None."""
     if way == "joined":
         return "it has no kernel of Triton's"
-    if way == "resident":
-        reason: str | None = _module("prompt_attention").why_not_resident(*inputs[:4], needs)
-        return reason
-    return None
+    return _why_not_resident(inputs, needs) if way == "resident" else None
+
+
+def _why_not_resident(inputs: Inputs, needs: Sequence[bool] | None) -> str | None:
+    """Return why no kernel that holds all keys of an image and head in one program can run the call, or None."""
+    q, k, _, prompt_k, *_ = inputs
+    (B, Nq, H, d), P = q.shape, 0 if prompt_k is None else prompt_k.shape[-3]
+    keys, config, launch = k.shape[1] + P, _module("prompt_attention_config"), _module("launch")
+    architecture = launch.architecture(q.device)
+    if keys > attention_choice.RESIDENT_KEYS:
+        return f"{keys} keys are more than one program holds ({attention_choice.RESIDENT_KEYS})"
+    if needs is None:
+        found = config.choose(architecture, "fwd", d, Nq, keys, q.element_size())
+        return "there is none for this head_dim, dtype and GPU" if found.block_n else None
+    if not config.has_resident_backward(architecture, d, keys, q.element_size()):
+        return "there is no backward for this head_dim, dtype and GPU"
+    prompts = set(needs[3:5]) if P else set()
+    if not (needs[0] and needs[1] and needs[2]) or len(prompts) == 2:
+        return "not all gradients are needed, and it computes all of them"
+    slots = launch.multiprocessors(q.device)
+    return None if slots <= B * H else f"{B * H} images and heads leave most of {slots} multiprocessors idle"
 
 
 def _check_index(inputs: Inputs) -> None:

@@ -125,7 +125,7 @@ def row_attention_join_kernel(
     m_d = o_d < WIDTH
     context = tl.zeros([BLOCK_D], tl.float32)
     total = 0.0
-    high = -3.0e38
+    high = -1.0e38  # finite: -inf less -inf is a NaN
     for i in range(parts):
         i_row = (i_b * parts + i) * M + i_m
         lse = tl.load(p_part_lse + i_row)

@@ -132,37 +132,26 @@ def segment_backward(
     grad, out = _dense_rows(grad), _dense_rows(out)
     dq = _dense_rows(dq) if needs_q else q.new_empty(0)
     into = into if needs_q and into is not None else dq
-    arguments = {
-        "p_out": out,
-        "p_lse": lse,
-        "p_do": grad,
-        "p_dq": dq,
-        "p_joint": into,
-        "p_products": products,
-    }
+    arguments: dict[str, Any] = {"p_out": out, "p_lse": lse, "p_do": grad, "p_dq": dq, "p_joint": into}
     for name, x in (("o", out), ("do", grad), ("dq", dq), ("j", into)):
-        arguments.update(
-            zip((f"stride_{name}b", f"stride_{name}m", f"stride_{name}h"), _strides(x), strict=True)
-        )
-    arguments["NEED_PRODUCTS"] = needs_q and products is not None
+        names = (f"stride_{name}b", f"stride_{name}m", f"stride_{name}h")
+        arguments.update(zip(names, _strides(x), strict=True))
+    arguments["p_products"] = products
     rows = (out, grad, dq, into) if needs_q else (out, grad)
 
     config = segment.config("bwd")
     needs_prompts = (needs_k or needs_v) and segment.P > 0
     fused = needs_q and needs_prompts and config.block_p >= segment.P
     if needs_q and not fused:
-        _launch_queries(segment, arguments, rows)
-    gradients = [
-        x.new_zeros(x.shape if need else 0) for x, need in ((prompt_k, needs_k), (prompt_v, needs_v))
-    ]
+        _launch_queries(segment, {**arguments, "NEED_PRODUCTS": products is not None}, rows)
+    dpk, dpv = (x.new_zeros(x.shape if need else 0) for x, need in ((prompt_k, needs_k), (prompt_v, needs_v)))
     if needs_prompts and q.numel():
         flags = {"NEED_Q": fused, "NEED_K": needs_k, "NEED_V": needs_v}
-        arguments["NEED_PRODUCTS"] &= fused
-        partials = _launch_prompts(segment, config, {**arguments, **flags}, rows)
-        gradients = [
-            segment.reduce(x) if x.numel() else like for x, like in zip(partials, gradients, strict=True)
-        ]
-    return into, *gradients
+        flags["NEED_PRODUCTS"] = fused and products is not None
+        partial_k, partial_v = _launch_prompts(segment, config, {**arguments, **flags}, rows)
+        dpk = segment.reduce(partial_k) if needs_k else dpk
+        dpv = segment.reduce(partial_v) if needs_v else dpv
+    return into, dpk, dpv
 
 
 def _launch_queries(segment: _Segment, arguments: dict[str, Any], rows: tuple[Tensor, ...]) -> None:

@@ -84,10 +84,14 @@ def prompt_segment_fwd_kernel(
 
 @triton.jit
 def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
-    """Return Σ a·b of each row, in float32."""
-    product = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
+    """Return Σ a·b of each row, in float32, the same bits in all threads that hold it.
+
+    A product that the compiler fuses with the sum of two threads is rounded in one of them alone; one that is itself a
+    fused multiplication and addition is not fused again.
+    """
+    product = tl.sum(tl.fma(a0.to(tl.float32), b0.to(tl.float32), 0.0), 1)
     if D1 > 0:
-        product += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
+        product += tl.sum(tl.fma(a1.to(tl.float32), b1.to(tl.float32), 0.0), 1)
     return product  # [BLOCK_M]
 
 

@@ -27,7 +27,7 @@ import torch
 
 from fastprompt.kernels import native
 from fastprompt.kernels.identities import Refused
-from fastprompt.ops import trust
+from fastprompt.ops import replay, trust
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -155,6 +155,13 @@ def run(operation: str, backend: str, *args: Any) -> Any:
     Raises:
         NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
     """
+    key = None if trust.always() else replay.signature(operation, backend, args)
+    if key is None:
+        return _run_first(operation, backend, *args)
+    return replay.run(key, functools.partial(_run_first, operation, backend), *args)
+
+
+def _run_first(operation: str, backend: str, *args: Any) -> Any:
     if backend != AUTO:
         name, kernel = select(operation, backend, *args)
         try:

@@ -27,6 +27,7 @@ from fastprompt.ops.norm import (
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     no_flops,
@@ -68,8 +69,8 @@ def gated_blend(
     """
     _check(x, delta, prompt_in, gate, start, length, norm)
     affine = (None, None, None) if norm is None else norm
-    y, normed, _, _ = torch.ops.fastprompt.gated_blend(
-        x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
+    y, normed, _, _ = call(
+        "gated_blend", x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
     )
     return y, None if norm is None else normed
 
@@ -180,9 +181,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: A
         return (None,) * 10
     need_x, need_delta, need_prompt, need_gate = ctx.needs_input_grad[:4]
     needs = [need_x or need_delta, need_prompt, need_gate]
-    d_input, d_prompt, d_gate = torch.ops.fastprompt.gated_blend_backward(
-        grad_y, grad_normed, *ctx.saved_tensors, ctx.start, ctx.length, needs, ctx.backend
-    )
+    of_rows = (*ctx.saved_tensors, ctx.start, ctx.length, needs)
+    d_input, d_prompt, d_gate = call("gated_blend_backward", grad_y, grad_normed, *of_rows, ctx.backend)
     return (
         d_input if need_x else None,
         d_input if need_delta else None,

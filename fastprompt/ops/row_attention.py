@@ -23,6 +23,7 @@ from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -99,9 +100,7 @@ def folded_row_attention(
     _check(query, rows, prompt_rows)
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
         prompt_rows = None
-    context, _ = torch.ops.fastprompt.folded_row_attention(
-        query, rows, prompt_rows, dispatch.requested(backend)
-    )
+    context, _ = call("folded_row_attention", query, rows, prompt_rows, dispatch.requested(backend))
     return context
 
 
@@ -213,9 +212,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 4
     needs = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.fastprompt.folded_row_attention_backward(
-        grad, *ctx.saved_tensors, needs, ctx.backend
-    )
+    gradients = call("folded_row_attention_backward", grad, *ctx.saved_tensors, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
 
 

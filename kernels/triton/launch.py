@@ -142,14 +142,19 @@ def launch(
     identities.launching(identity)
     try:
         if INTERPRETED or device.index == torch.cuda.current_device():
-            kernel[grid](**arguments, **options)
+            compiled = kernel[grid](**arguments, **options)
         else:
             with torch.cuda.device(device):
-                kernel[grid](**arguments, **options)
+                compiled = kernel[grid](**arguments, **options)
     except TritonError as error:
         if INTERPRETED:
             raise
         raise refuse([identity], f"an error of Triton: {error}") from error
+    recording = identities.recorder()
+    if recording is not None:
+        if identity.state == "not yet":
+            recording.fault = "a kernel was not checked"
+        recording.launch(kernel, None if INTERPRETED else compiled, grid, device, arguments | options)
 
 
 # Trust ----------------------------------------------------------------------------------------------------------

@@ -308,6 +308,7 @@ def _backward(
             BLOCK_M=config.block_m,
             KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
             STORE_PROMPT=prompt,
+            AWAIT=_awaits(device),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -120,7 +120,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            AWAIT=_awaits(q.device),
+            AWAIT=_awaits(q),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -308,7 +308,7 @@ def _backward(
             BLOCK_M=config.block_m,
             KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
             STORE_PROMPT=prompt,
-            AWAIT=_awaits(device),
+            AWAIT=_awaits(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -356,7 +356,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q.device),
+        AWAIT=_awaits(inputs.q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -372,7 +372,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q.device),
+        AWAIT=_awaits(inputs.q),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -449,12 +449,13 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
 
 
-def _awaits(device: torch.device) -> bool:
-    """Return whether loops must await a product in the pass that starts it: on Hopper.
+def _awaits(q: Tensor) -> bool:
+    """Return whether loops must await a product in the pass that starts it: on the matrix units of Hopper.
 
     There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
     """
-    return launch.architecture(device) == 90
+    units = q.element_size() == 2 or launch.input_precision(q.dtype) == "tf32"
+    return units and launch.architecture(q.device) == 90
 
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:

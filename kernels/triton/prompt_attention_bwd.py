@@ -47,9 +47,10 @@ def prompt_attention_bwd_delta_kernel(
     p_do += i_b * stride_dob + i_h * stride_doh
     o0, o1 = load(rows(p_out, o_m, stride_om, ALIGNED), m_m, HEAD_DIM, D0, D1)
     do0, do1 = load(rows(p_do, o_m, stride_dom, ALIGNED), m_m, HEAD_DIM, D0, D1)
-    delta = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
+    # A product that the compiler fuses with the sum of two threads is rounded in one of them alone; a fused one is not.
+    delta = tl.sum(tl.fma(o0.to(tl.float32), do0.to(tl.float32), 0.0), 1)
     if D1 > 0:
-        delta += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
+        delta += tl.sum(tl.fma(o1.to(tl.float32), do1.to(tl.float32), 0.0), 1)
     lse = tl.load(p_lse + i_bh.to(tl.int64) * Nq + o_m, mask=m_m, other=1.0e30)
     o_padded = i_bh.to(tl.int64) * padded + o_m
     tl.store(p_delta + o_padded, delta, mask=o_m < padded)

@@ -3,9 +3,9 @@
     python -m bench.offline [--arch 80 90 100] [--operation NAME] [--only NAME] [--entries] [--json FILE]
 
 With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that compile to other
-code. One line a kernel. The exit status is 1 if a kernel spills more than a few bytes, takes more shared memory than the card, if
-its products do not use the matrix instructions of Hopper or Blackwell although they are large enough, or if a loop ends
-with one under way that ptxas may spoil.
+code. One line a kernel. The exit status is 1 if a kernel spills more than a few bytes, if it takes more shared memory
+than the card has, if its products do not use the matrix instructions of Hopper or Blackwell although they are large
+enough, or if a loop ends with one under way that ptxas may spoil.
 """
 
 from __future__ import annotations

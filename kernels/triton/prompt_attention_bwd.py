@@ -233,9 +233,9 @@ def prompt_attention_bwd_dq_kernel(
         p_row = rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_m, stride_dqm, ALIGNED)
         store(p_row, m_m, dq0 * natural, dq1 * natural, HEAD_DIM, D0, D1)
     if NEED_TEMPERATURE:
-        # Delta of the rounded output leaves a rest, Σ ds of a row, which is 0 otherwise: large scores times this rest would
-        # be most of the result. Less the rest, it depends neither on delta nor on what is added to all scores of a row:
-        # the weights' logarithms do for them.
+        # Delta of the rounded output leaves a rest, Σ ds of a row, which is 0 otherwise: large scores times this rest
+        # would be most of the result. Less the rest, it depends neither on delta nor on what is added to all scores of
+        # a row, so that the weights' logarithms do for the scores.
         product = (both - rest * mean) * 0.6931471805599453
         tl.store(p_products + i_bh.to(tl.int64) * Nq + o_m, product, mask=m_m)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.norm import (
     Norm,
@@ -27,6 +27,7 @@ from fastprompt.ops.norm import (
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     no_flops,
@@ -68,8 +69,8 @@ def gated_blend(
     """
     _check(x, delta, prompt_in, gate, start, length, norm)
     affine = (None, None, None) if norm is None else norm
-    y, normed, _, _ = torch.ops.fastprompt.gated_blend(
-        x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
+    y, normed, _, _ = call(
+        "gated_blend", x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
     )
     return y, None if norm is None else normed
 
@@ -180,9 +181,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: A
         return (None,) * 10
     need_x, need_delta, need_prompt, need_gate = ctx.needs_input_grad[:4]
     needs = [need_x or need_delta, need_prompt, need_gate]
-    d_input, d_prompt, d_gate = torch.ops.fastprompt.gated_blend_backward(
-        grad_y, grad_normed, *ctx.saved_tensors, ctx.start, ctx.length, needs, ctx.backend
-    )
+    of_rows = (*ctx.saved_tensors, ctx.start, ctx.length, needs)
+    d_input, d_prompt, d_gate = call("gated_blend_backward", grad_y, grad_normed, *of_rows, ctx.backend)
     return (
         d_input if need_x else None,
         d_input if need_delta else None,
@@ -315,3 +315,5 @@ dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
 dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)
 dispatch.register_triton("gated_blend", "gated_blend", "forward", fuses_norm=True)
 dispatch.register_triton("gated_blend_backward", "gated_blend", "backward")
+trust.describe("gated_blend", lambda *args: (0, 1, 2))
+trust.describe("gated_blend_backward", lambda *args: (0, 1, 2, 3, 4, 7))

@@ -18,11 +18,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -99,9 +100,7 @@ def folded_row_attention(
     _check(query, rows, prompt_rows)
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
         prompt_rows = None
-    context, _ = torch.ops.fastprompt.folded_row_attention(
-        query, rows, prompt_rows, dispatch.requested(backend)
-    )
+    context, _ = call("folded_row_attention", query, rows, prompt_rows, dispatch.requested(backend))
     return context
 
 
@@ -213,9 +212,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 4
     needs = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.fastprompt.folded_row_attention_backward(
-        grad, *ctx.saved_tensors, needs, ctx.backend
-    )
+    gradients = call("folded_row_attention_backward", grad, *ctx.saved_tensors, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
 
 
@@ -296,3 +293,31 @@ dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.alwa
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
 dispatch.register_triton("folded_row_attention", "row_attention", "forward")
 dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")
+
+
+def _images(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[int, ...]:
+    return (0, 1) if prompt_rows is None or prompt_rows.ndim == 2 else (0, 1, 2)
+
+
+def _images_backward(
+    grad: Tensor, query: Tensor, rows: Tensor, prompt_rows: Tensor | None, *rest: Any
+) -> tuple[int, ...]:
+    return (0, *(1 + i for i in _images(query, rows, prompt_rows)), 4, 5)
+
+
+def _exact_backward(
+    grad: Tensor,
+    query: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _needs_image_rows(needs):  # else there may be no rows to compute them from
+        context, lse = _forward_eager(query, rows, prompt_rows)
+    return _backward_eager(grad, query, rows, prompt_rows, context, lse, needs)
+
+
+trust.describe("folded_row_attention", _images)
+trust.describe("folded_row_attention_backward", _images_backward, _exact_backward)

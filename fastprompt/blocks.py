@@ -122,7 +122,16 @@ def run_block(
         The output [B, N, D] (or its mean [B, D]), and norm1 of it for `context.following` if one kernel computes both,
         else None.
     """
-    return context.run("block", _run_block, block, x, prompts, context, spans)
+    if context.gate is None:
+        return context.run("block", _run_block, block, x, prompts, context, spans), None
+    prompt_in = x.narrow(1, context.prefix, context.carried)
+    x, delta = context.run("block", _gated_branches, block, x, prompts, context)
+    norm = None
+    fuses = context.recompute in (None, "mlp") and has_fused_kernel("gated_blend", x)
+    if context.following is not None and fuses:  # else the norm's output would be kept
+        norm = _frozen_norm(context.following, "norm1")
+    x, normed = gated_blend(x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm)
+    return (x, normed) if spans is None else (select(x, spans).mean(1), None)
 
 
 def _run_block(
@@ -131,23 +140,23 @@ def _run_block(
     prompts: BlockPrompts | None,
     context: Context,
     spans: tuple[Span, ...] | None,
-) -> tuple[Tensor, Tensor | None]:
-    x = entered = _cross(block, x, context, 1)
+) -> Tensor:
+    x = _cross(block, x, context, 1)
     out = context.run("attention", _attention, block, x, prompts, context)
     x, normed = _add_attention(block, x, out, context)
-    if context.gate is None:
-        return (
-            _mlp(block, x, normed, context) if spans is None else _mlp_mean(block, x, normed, context, spans)
-        ), None
+    if spans is not None:
+        return _mlp_mean(block, x, normed, context, spans)
+    return _mlp(block, x, normed, context)
+
+
+def _gated_branches(
+    block: TimmBlock, x: Tensor, prompts: BlockPrompts | None, context: Context
+) -> tuple[Tensor, Tensor]:
+    """Return the rows [B, N, D] after attention, and what the MLP adds to them."""
+    out = context.run("attention", _attention, block, x, prompts, context)
+    x, normed = _add_attention(block, x, out, context)
     out = context.run("mlp", _mlp_output, block, x, normed, context.cross)
-    delta = vit.adapters(block)[0].mlp_delta(block, out)
-    norm = None
-    fuses = context.recompute in (None, "mlp") and has_fused_kernel("gated_blend", x)
-    if context.following is not None and fuses:  # else the norm's output would be kept
-        norm = _frozen_norm(context.following, "norm1")
-    prompt_in = entered.narrow(1, context.prefix, context.carried)
-    x, normed = gated_blend(x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm)
-    return (x, normed) if spans is None else (select(x, spans).mean(1), None)
+    return x, vit.adapters(block)[0].mlp_delta(block, out)
 
 
 def run_rows(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, blocks
 from fastprompt.backbone import Backbone, HeadInput
-from fastprompt.blocks import BlockPrompts, Context
+from fastprompt.blocks import BlockPrompts, Context, Recompute
 from fastprompt.config import PromptConfig, VPTConfig
 from fastprompt.methods.base import OnBlock, PromptModel
 
@@ -115,9 +115,9 @@ class VPTModel(PromptModel):
         reads: HeadInput,
         on_block: OnBlock | None = None,
         depth: int | None = None,
+        recompute: Recompute | None = None,
     ) -> tuple[Tensor, int]:
-        run_block = blocks.recomputed(base, blocks.run_block)
-        run_rows = blocks.recomputed(base, blocks.run_rows)
+        recompute = blocks.recompute_of(base, recompute)
         base_blocks = backbone.blocks_of(base)
         prefix, carried, normed = base.num_prefix_tokens, 0, None
         stop = len(base_blocks) if depth is None else depth
@@ -138,11 +138,14 @@ class VPTModel(PromptModel):
                 gate=state.gates[i] if i < len(state.gates) and carried > 0 else None,
                 following=base_blocks[i + 1] if i + 1 < stop else None,
                 normed=normed,
+                recompute=recompute,
             )
             if last and reads.rows is not None:
-                x = run_rows(block, x, state.prompts[i], context, reads.rows)
+                x = blocks.run_rows(block, x, state.prompts[i], context, reads.rows)
             else:
-                x, normed = run_block(block, x, state.prompts[i], context, reads.spans if last else None)
+                x, normed = blocks.run_block(
+                    block, x, state.prompts[i], context, reads.spans if last else None
+                )
         return x, carried
 
     def prompts_of(self, block: int, batch_size: int | None) -> Tensor:

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from fastprompt.kernels import native
+from fastprompt.kernels.identities import Refused
+from fastprompt.ops import trust
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -96,9 +98,8 @@ class BackendTable(tuple[Backend, ...]):
 
     def __str__(self) -> str:
         rows = [(b.name, "yes" if b.available else "no", b.reason or ", ".join(b.operations)) for b in self]
-        return "\n".join(
-            ["backend  available  operations, or why not", *(f"{n:<8} {a:<10} {w}" for n, a, w in rows)]
-        )
+        lines = ["backend  available  operations, or why not", *(f"{n:<8} {a:<10} {w}" for n, a, w in rows)]
+        return "\n".join([*lines, *(trust.report() if self[0].available else [])])
 
 
 def backends() -> BackendTable:
@@ -139,8 +140,34 @@ def requested(backend: str = AUTO) -> str:
     return name
 
 
+def run(operation: str, backend: str, *args: Any) -> Any:
+    """Run `operation` on the backend requested, or for "auto" on the first that can.
+
+    Raises:
+        NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
+    """
+    if backend != AUTO:
+        name, kernel = select(operation, backend, *args)
+        try:
+            return _run(operation, name, kernel, args)
+        except Refused as refused:
+            raise _cannot(operation, backend, str(refused)) from refused
+    for name, kernel in _candidates(operation, *args):
+        try:
+            return _run(operation, name, kernel, args)
+        except Refused:
+            continue
+    raise _nobody(operation, *args)
+
+
+def _run(operation: str, name: str, kernel: Kernel, args: tuple[Any, ...]) -> Any:
+    if name != "triton":
+        return kernel.run(*args)
+    return trust.run(operation, kernel.run, _backends["eager"].kernels[operation].run, *args)
+
+
 def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
-    """Return the backend and the kernel that run `operation` on `args`.
+    """Return the backend and the kernel that run `operation` on `args`, unless the kernel is refused.
 
     Raises:
         NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
@@ -148,20 +175,35 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
     if backend != AUTO:
         reason = why_not(operation, backend, *args)
         if reason is not None:
-            raise NotImplementedError(
-                f"`{operation}`: backend {backend!r} was requested by name and cannot run this call: {reason}; "
-                "use backend 'auto' or 'eager'"
-            )
+            raise _cannot(operation, backend, reason)
         return backend, _backends[backend].kernels[operation]
+    for candidate in _candidates(operation, *args):
+        return candidate
+    raise _nobody(operation, *args)
+
+
+def _candidates(operation: str, *args: Any) -> Iterator[tuple[str, Kernel]]:
+    """Yield the backends and kernels that "auto" may use for `args`, the first choice first."""
     for candidate in _backends.values():
         kernel = candidate.automatic_kernel(operation)
         if kernel is None or kernel.can_run(*args) is not None:
             continue
         if candidate.available:
-            return candidate.name, kernel
-        candidate.on_missed()
+            yield candidate.name, kernel
+        else:
+            candidate.on_missed()
+
+
+def _cannot(operation: str, backend: str, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{operation}`: backend {backend!r} was requested by name and cannot run this call: {reason}; "
+        "use backend 'auto' or 'eager'"
+    )
+
+
+def _nobody(operation: str, *args: Any) -> NotImplementedError:
     reasons = "\n".join(f"  {name}: {reason}" for name, reason in explain(operation, *args).items())
-    raise NotImplementedError(f"`{operation}`: no backend can run this call:\n{reasons}")
+    return NotImplementedError(f"`{operation}`: no backend can run this call:\n{reasons}")
 
 
 def why_not(operation: str, backend: str, *args: Any) -> str | None:

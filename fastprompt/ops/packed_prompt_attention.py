@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
@@ -191,3 +191,25 @@ dispatch.register_triton("packed_prompt_attention", "prompt_attention", "packed_
 dispatch.register_triton("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
 dispatch.register("packed_prompt_attention", "eager", _forward_eager, dispatch.always)
 dispatch.register("packed_prompt_attention_backward", "eager", _backward_eager, dispatch.always)
+
+
+def _images(qkv: Tensor, prompt_k: Tensor | None, *rest: Any) -> tuple[int, ...]:
+    _, _, prompt_index, *_ = rest
+    per_image = prompt_k is not None and prompt_k.ndim == 4 and prompt_index is None
+    return (0, 1, 2, 4) if per_image else (0, 4)
+
+
+def _images_backward(grad: Tensor, *inputs: Any) -> tuple[int, ...]:
+    return (0, *(1 + i for i in _images(*inputs)), 6, 7)
+
+
+def _exact_backward(*args: Any) -> tuple[Tensor, ...]:
+    grad, qkv, prompt_k, prompt_v, temperature, prompt_index, out, lse, scale, needs = args
+    inputs = (qkv, prompt_k, prompt_v, temperature, prompt_index)
+    if needs[0] or needs[3]:
+        out, lse = _forward_eager(*inputs, scale)
+    return _backward_eager(grad, *inputs, out, lse, scale, needs)
+
+
+trust.describe("packed_prompt_attention", _images)
+trust.describe("packed_prompt_attention_backward", _images_backward, _exact_backward)

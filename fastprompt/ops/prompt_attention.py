@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.operator import (
     accumulation_dtype,
@@ -451,3 +451,25 @@ dispatch.register_triton("prompt_attention", "prompt_attention", "forward")
 dispatch.register_triton("prompt_attention_backward", "prompt_attention", "backward")
 dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
 dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)
+
+
+def _images(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[int, ...]:
+    prompt_k, _, _, prompt_index, *_ = rest
+    per_image = prompt_k is not None and prompt_k.ndim == 4 and prompt_index is None
+    return (0, 1, 2, 3, 4, 6) if per_image else (0, 1, 2, 6)
+
+
+def _images_backward(grad: Tensor, *inputs: Any) -> tuple[int, ...]:
+    return (0, *(1 + i for i in _images(*inputs)), 8, 9)
+
+
+def _exact_backward(*args: Any) -> _Gradients:
+    grad, q, k, v, prompt_k, prompt_v, temperature, prompt_index, out, lse, scale, needs = args
+    inputs = (q, k, v, prompt_k, prompt_v, temperature, prompt_index)
+    if needs_image_keys(needs):  # else there may be no image keys to compute them from
+        out, lse = forward_eager(*inputs, scale)
+    return _backward_eager(grad, *inputs, out, lse, scale, needs)
+
+
+trust.describe("prompt_attention", _images)
+trust.describe("prompt_attention_backward", _images_backward, _exact_backward)

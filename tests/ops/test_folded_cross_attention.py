@@ -308,7 +308,9 @@ def test_the_operator_itself_refuses_to_train_without_weights() -> None:
 
 @pytest.mark.parametrize("form", ["residual", "norm"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_autocast_keeps_the_residual_stream_in_its_dtype_and_norms_in_the_products(bias: bool, form: str) -> None:
+def test_autocast_keeps_the_residual_stream_in_its_dtype_and_norms_in_the_products(
+    bias: bool, form: str
+) -> None:
     inputs, options = draw(Shape(bias=bias), torch.float32), form_of(form, 24)
     leaves = {n: x if x is None else x.clone().requires_grad_() for n, x in inputs.items()}
     with torch.autocast("cpu", torch.bfloat16):

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt import vit
+from fastprompt.frozen import has_hooks, linear
 from fastprompt.ops import (
     FoldedPrompts,
     Norm,
@@ -284,10 +285,11 @@ def _frozen_norm(block: TimmBlock, name: str) -> Norm | None:
     norm = getattr(block, name)
     if isinstance(block, ResPostBlock) or type(norm) not in (nn.LayerNorm, LayerNorm):
         return None
-    watched = (
-        norm._forward_pre_hooks or norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
-    )
-    if watched or getattr(norm, "_fast_norm", False) or any(p.requires_grad for p in norm.parameters()):
+    if (
+        has_hooks(norm)
+        or getattr(norm, "_fast_norm", False)
+        or any(p.requires_grad for p in norm.parameters())
+    ):
         return None
     return Norm(norm.weight, norm.bias, norm.eps)
 
@@ -325,7 +327,7 @@ def _mlp_input(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross 
 
 
 def _mlp_output(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross | None) -> Tensor:
-    return block.mlp(_mlp_input(block, x, normed, cross))
+    return vit.run_mlp(block.mlp, _mlp_input(block, x, normed, cross))
 
 
 def _mlp_hidden_mean(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross | None) -> Tensor:
@@ -348,7 +350,7 @@ def _mlp_mean(
         return _mlp(block, x, normed, context).mean(1)
     hidden = context.run("mlp", _mlp_hidden_mean, block, x, normed, context.cross)
     fc2 = cast(Mlp | GluMlp | SwiGLU, block.mlp).fc2
-    return adapter.add_mlp(block, x.mean(1, keepdim=True), fc2(hidden)).squeeze(1)
+    return adapter.add_mlp(block, x.mean(1, keepdim=True), linear(fc2, hidden)).squeeze(1)
 
 
 def _cross(block: TimmBlock, x: Tensor, context: Context, insert: int) -> Tensor:

@@ -10,6 +10,7 @@ with its weight. A compiler, a tracer and a CUDA graph get the weight itself, so
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt.ops.operator import autocast_enabled
 
@@ -30,13 +30,13 @@ class _Copy(NamedTuple):
     A weak reference to the storage keeps its address from being used again for another one.
     """
 
-    version: int
+    weight: weakref.ref[Tensor]
     storage: StorageWeakRef
-    layout: tuple[Any, ...]
+    state: tuple[Any, ...]
     tensor: Tensor
 
 
-_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_copies: dict[int, _Copy] = {}  # by id of the weight, while it lives
 
 
 def low(weight: _T) -> _T:
@@ -44,35 +44,38 @@ def low(weight: _T) -> _T:
 
     Changes of the weight are seen, except those through `weight.data`, which PyTorch does not count as changes.
     """
-    if weight is None or weight.requires_grad or not acts_on(weight):
+    if weight is None or not acts_on(weight):
         return weight
-    dtype = torch.get_autocast_dtype(weight.device.type)
-    if weight.dtype in (dtype, torch.float64) or type(weight) not in (nn.Parameter, Tensor):
-        return weight
-    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return weight  # changes of an inference tensor are not counted; a graph must see later ones
-    layout = (dtype, weight.data_ptr(), weight.shape, weight.stride())
-    storage = weight.untyped_storage()
-    found = _copies.get(weight)
-    if (
-        found is not None
-        and found.version == weight._version
-        and found.storage.cdata == storage._cdata
-        and found.layout == layout
-    ):
-        return found.tensor
-    with torch.inference_mode(False), torch.no_grad():
-        tensor = weight.to(dtype)
-    if type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        _copies[weight] = _Copy(weight._version, StorageWeakRef(storage), layout, tensor)
-    return tensor  # type: ignore[return-value]
+    return _low(weight, torch.get_autocast_dtype(weight.device.type))  # type: ignore[return-value]
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """Return module(x); weights of a plain Linear layer without hooks come from :func:`low`."""
     if type(module) is not nn.Linear or not acts_on(x) or has_hooks(module):
         return module(x)
-    return F.linear(x, low(module.weight), low(module.bias))
+    dtype, bias = torch.get_autocast_dtype(x.device.type), module.bias
+    return F.linear(x, _low(module.weight, dtype), None if bias is None else _low(bias, dtype))
+
+
+def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.requires_grad or weight.dtype in (dtype, torch.float64):
+        return weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.is_inference():
+        return weight  # changes of an inference tensor are not counted
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return weight  # replays of the graph must see later changes
+    storage = weight.untyped_storage()
+    state = (dtype, weight._version, storage._cdata, weight.data_ptr(), weight.shape, weight.stride())
+    found = _copies.get(id(weight))
+    if found is not None and found.state == state and found.weight() is weight:
+        return found.tensor
+    with torch.inference_mode(False), torch.no_grad():
+        tensor = weight.to(dtype)
+    if type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        key = id(weight)
+        reference = weakref.ref(weight, lambda _: _copies.pop(key, None))
+        _copies[key] = _Copy(reference, StorageWeakRef(storage), state, tensor)
+    return tensor
 
 
 def call(module: nn.Module, x: Tensor) -> Tensor:

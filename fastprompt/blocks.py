@@ -25,9 +25,11 @@ from fastprompt.ops import (
     direct_cross_attention,
     folded_cross_attention,
     gated_blend,
+    residual_norm,
     row_attention,
 )
 from fastprompt.ops.dispatch import has_fused_kernel
+from fastprompt.ops.operator import autocast_enabled
 from fastprompt.vit import TimmAttention, TimmBlock
 
 # Rows start..stop of a sequence; None is its end.
@@ -65,7 +67,7 @@ class Context(NamedTuple):
         prefix, carried: `carried` prompt rows follow the first `prefix` rows of the sequence.
         masked: carried prompts attend to patches only (DA-VPT's mask).
         temperature, gate: GateVPT's one-element tensors, or None.
-        following: the next block, whose norm1 a gated block may compute, or None.
+        following: the next block, whose norm1 may be computed with this block's output, or None.
         cross: CVPT's cross-attention, or None.
         normed: norm1 of the tokens [B, N, D] if the block before has computed it, or None.
         recompute: the part that the backward computes again, or None.
@@ -124,13 +126,13 @@ def run_block(
         else None.
     """
     if context.gate is None:
-        return context.run("block", _run_block, block, x, prompts, context, spans), None
+        return context.run("block", _run_block, block, x, prompts, context, spans)
     prompt_in = x.narrow(1, context.prefix, context.carried)
     x, delta = context.run("block", _gated_branches, block, x, prompts, context)
+    following = _following(context)
     norm = None
-    fuses = context.recompute in (None, "mlp") and has_fused_kernel("gated_blend", x)
-    if context.following is not None and fuses:  # else the norm's output would be kept
-        norm = _frozen_norm(context.following, "norm1")
+    if following is not None and _fuses("gated_blend", x):
+        norm = _frozen_norm(following, "norm1")
     x, normed = gated_blend(x, delta, prompt_in, context.gate, context.prefix, context.carried, norm=norm)
     return (x, normed) if spans is None else (select(x, spans).mean(1), None)
 
@@ -141,12 +143,12 @@ def _run_block(
     prompts: BlockPrompts | None,
     context: Context,
     spans: tuple[Span, ...] | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     x = _cross(block, x, context, 1)
     out = context.run("attention", _attention, block, x, prompts, context)
     x, normed = _add_attention(block, x, out, context)
     if spans is not None:
-        return _mlp_mean(block, x, normed, context, spans)
+        return _mlp_mean(block, x, normed, context, spans), None
     return _mlp(block, x, normed, context)
 
 
@@ -176,7 +178,7 @@ def _run_rows(
     x = _cross(block, x, context, 1)
     out = context.run("attention", _row_attention, block, x, prompts, context, count)
     rows, normed = _add_attention(block, x[:, :count], out, context)
-    return _mlp(block, rows, normed, context)
+    return _mlp(block, rows, normed, context)[0]
 
 
 def _attention(block: TimmBlock, x: Tensor, prompts: BlockPrompts | None, context: Context) -> Tensor:
@@ -294,6 +296,35 @@ def _frozen_norm(block: TimmBlock, name: str) -> Norm | None:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
+def _fuses(operation: str, x: Tensor) -> bool:
+    """Return whether a kernel computes `operation` and the norm that follows for x; a compiler fuses plain code."""
+    return not torch.compiler.is_compiling() and has_fused_kernel(operation, x)
+
+
+def _following(context: Context) -> TimmBlock | None:
+    """Return the block whose norm1 may be computed with the MLP's residual add, or None."""
+    changed = context.cross is not None and context.cross.insert in (1, 5)  # x is, between the two
+    kept = context.recompute in ("attention", "block")  # the norm's output would be, beside x
+    return None if changed or kept else context.following
+
+
+def _add(
+    block: TimmBlock, x: Tensor, out: Tensor, branch: Literal[1, 2], owner: TimmBlock | None
+) -> tuple[Tensor, Tensor | None]:
+    """Add the output of the attention (`branch` 1) or of the MLP (2) to x, both [B, N, D].
+
+    The second result is the norm of `owner` that follows, norm2 or the next block's norm1, if one kernel computes both,
+    else None.
+    """
+    adapter, _ = vit.adapters(block)
+    if owner is not None and _fuses("residual_norm", x) and (x.dtype == out.dtype or autocast_enabled(x)):
+        plain = adapter.plain_add(block, branch)
+        norm = _frozen_norm(owner, "norm2" if branch == 1 else "norm1")
+        if plain is not None and norm is not None:
+            return residual_norm(x, out, plain.scale, norm)
+    return (adapter.add_attention if branch == 1 else adapter.add_mlp)(block, x, out), None
+
+
 def _add_attention(
     block: TimmBlock, x: Tensor, out: Tensor, context: Context
 ) -> tuple[Tensor, Tensor | None]:
@@ -306,11 +337,12 @@ def _add_attention(
     if cross is not None and cross.insert == 2:
         delta = adapter.attention_scale(block, out) + cross_attention(block, x, cross)
         return x + block.drop_path1(delta), None
-    x = adapter.add_attention(block, x, out)
+    kept = context.recompute == "mlp"  # the norm's output would be, beside x
     if cross is None or cross.insert != 3:
-        return x, None
-    fuses = context.recompute != "mlp" and has_fused_kernel("folded_cross_attention", x)
-    if isinstance(cross.prompts, FoldedPrompts) and fuses:
+        reads_x = cross is not None and cross.insert == 4  # the MLP, besides its norm
+        return _add(block, x, out, 1, None if kept or reads_x else block)
+    x = adapter.add_attention(block, x, out)
+    if isinstance(cross.prompts, FoldedPrompts) and not kept and _fuses("folded_cross_attention", x):
         norm = _frozen_norm(block, "norm2")
         return folded_cross_attention(x, cross.prompts, residual=True, norm=norm)
     return cross_attention(block, x, cross, residual=True), None
@@ -335,19 +367,26 @@ def _mlp_hidden_mean(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: 
     return vit.mlp_hidden(mlp, _mlp_input(block, x, normed, cross)).mean(1, keepdim=True)
 
 
-def _mlp(block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context) -> Tensor:
+def _mlp(
+    block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context
+) -> tuple[Tensor, Tensor | None]:
+    """Return the block's output [B, N, D], and norm1 of it for the next block if one kernel computes both, else None.
+
+    `normed` is norm2 of x if it has been computed, or None.
+    """
     out = context.run("mlp", _mlp_output, block, x, normed, context.cross)
-    return _cross(block, vit.adapters(block)[0].add_mlp(block, x, out), context, 5)
+    x, normed = _add(block, x, out, 2, _following(context))
+    return _cross(block, x, context, 5), normed
 
 
 def _mlp_mean(
     block: TimmBlock, x: Tensor, normed: Tensor | None, context: Context, spans: tuple[Span, ...]
 ) -> Tensor:
-    """Return the mean over `spans` of :func:`_mlp`; only these rows run, and `fc2` runs after the mean."""
+    """Return the mean over `spans` of the output of :func:`_mlp`; only these rows run, and `fc2` after the mean."""
     adapter, _ = vit.adapters(block)
     x, normed = select(x, spans), None if normed is None else select(normed, spans)
     if not adapter.mean_commutes(block) or (context.cross is not None and context.cross.insert == 5):
-        return _mlp(block, x, normed, context).mean(1)
+        return _mlp(block, x, normed, context)[0].mean(1)
     hidden = context.run("mlp", _mlp_hidden_mean, block, x, normed, context.cross)
     fc2 = cast(Mlp | GluMlp | SwiGLU, block.mlp).fc2
     return adapter.add_mlp(block, x.mean(1, keepdim=True), linear(fc2, hidden)).squeeze(1)

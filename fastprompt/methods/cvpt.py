@@ -73,15 +73,18 @@ class CVPTModel(PromptModel):
         recompute: Recompute | None = None,
     ) -> tuple[Tensor, int]:
         recompute = blocks.recompute_of(base, recompute)
-        last = len(base.blocks) - 1
-        for i, block in enumerate(backbone.blocks_of(base)[:depth]):
+        last, normed = len(base.blocks) - 1, None
+        base_blocks = backbone.blocks_of(base)[:depth]
+        for i, (block, following) in enumerate(zip(base_blocks, [*base_blocks[1:], None], strict=True)):
             if on_block is not None:
                 on_block(i, x, 0)
-            context = Context(rope=ropes[i], cross=state[i], recompute=recompute)
+            context = Context(
+                rope=ropes[i], cross=state[i], following=following, normed=normed, recompute=recompute
+            )
             if i == last and reads.rows is not None:
                 x = blocks.run_rows(block, x, None, context, reads.rows)
             else:
-                x, _ = blocks.run_block(block, x, None, context, reads.spans if i == last else None)
+                x, normed = blocks.run_block(block, x, None, context, reads.spans if i == last else None)
         return x, 0
 
 

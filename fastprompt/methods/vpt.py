@@ -129,6 +129,7 @@ class VPTModel(PromptModel):
                 x = torch.cat([x[:, :prefix], rows.expand(x.shape[0], -1, -1), x[:, prefix + carried :]], 1)
                 carried, normed = rows.shape[-2], None
             last = i == len(base_blocks) - 1
+            goes_on = i + 1 < stop and state.rows[i + 1] is None  # as they are, to the next block's norm1
             context = Context(
                 rope=ropes[i],
                 prefix=prefix,
@@ -136,7 +137,7 @@ class VPTModel(PromptModel):
                 masked=state.masked and carried > 0,
                 temperature=state.temperatures[i] if state.temperatures else None,
                 gate=state.gates[i] if i < len(state.gates) and carried > 0 else None,
-                following=base_blocks[i + 1] if i + 1 < stop else None,
+                following=base_blocks[i + 1] if goes_on else None,
                 normed=normed,
                 recompute=recompute,
             )

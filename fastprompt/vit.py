@@ -287,7 +287,8 @@ def adapters(block: TimmBlock) -> tuple[BlockAdapter, AttentionAdapter]:
 def timm_class(attn: nn.Module) -> type[nn.Module]:
     """Return the class of a module; for one replaced by `replace_attention`, timm's class."""
     cls = type(attn)
-    return vars(cls).get("timm_class", cls)
+    found = getattr(cls, "timm_class", None)
+    return found if found in cls.__bases__ else cls  # a subclass of a replacement is not one
 
 
 def attention_reason(attn: Any) -> str | None:

@@ -69,7 +69,7 @@ def folded_cross_attention(
     """
     _check(x, folded, residual, norm)
     backend = dispatch.requested(backend)
-    if traced_plainly(x, backend, fusable=True):
+    if traced_plainly(backend, fusable=True):
         return _plain(x, folded, residual, norm)
     affine = (None, None, None) if norm is None else norm
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *folded))

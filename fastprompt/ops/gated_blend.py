@@ -70,7 +70,7 @@ def gated_blend(
     """
     _check(x, delta, prompt_in, gate, start, length, norm)
     backend = dispatch.requested(backend)
-    if traced_plainly(x, backend, fusable=True):
+    if traced_plainly(backend, fusable=True):
         return _plain(x, delta, prompt_in, gate, start, length, norm)
     affine = (None, None, None) if norm is None else norm
     y, normed, _, _ = torch.ops.fastprompt.gated_blend(

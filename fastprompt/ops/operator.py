@@ -53,18 +53,16 @@ def define_operator(schema: str, *, fake: Callable[..., Any], flops: Callable[..
     return packet.default
 
 
-def traced_plainly(tensor: Tensor, backend: str, *, fusable: bool = False) -> bool:
-    """Return whether a compiler sees an operation on `tensor` as plain PyTorch, not as its operator.
+def traced_plainly(backend: str, *, fusable: bool) -> bool:
+    """Return whether a compiler sees an operation as plain PyTorch, not as its operator.
 
     An exported program always contains plain PyTorch, so that it runs where fastprompt is not installed. For
-    `torch.compile` an operator is a fence, so that it is used only for kernels that the compiler cannot make: those of
-    Triton for operations that are not `fusable`, and those of a backend requested by name.
+    `torch.compile` an operator is a fence, so that `fusable` operations are plain PyTorch too: those for which the
+    compiler's own kernels are as good. A backend that is requested by name gets its operator.
     """
     if torch.compiler.is_exporting():
         return True
-    if not torch.compiler.is_compiling() or backend not in (dispatch.AUTO, "eager"):
-        return False
-    return fusable or backend == "eager" or not tensor.is_cuda or not dispatch.triton_is_available()
+    return fusable and torch.compiler.is_compiling() and backend in (dispatch.AUTO, "eager")
 
 
 def no_flops(*args: Any, **kwargs: Any) -> int:

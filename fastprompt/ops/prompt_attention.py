@@ -272,10 +272,12 @@ def plain_attention(
 
 def is_plain(q: Tensor, k: Tensor, prompt_k: Tensor | None, temperature: Tensor | None, backend: str) -> bool:
     """Return whether the call is PyTorch's own attention: for a compiler, or where nothing is to be added."""
-    added = prompt_k is not None or temperature is not None
-    if traced_plainly(q, backend, fusable=not added):
+    # Compiled by Inductor for a CPU, the operator takes as long as PyTorch's attention over joined keys (float32), but
+    # does not keep joined keys for the backward, and its backward in bfloat16 is faster.
+    joins = prompt_k is not None and k.shape[1] > 0
+    if traced_plainly(backend, fusable=not joins and temperature is None):
         return torch.compiler.is_exporting() or attention_choice.forced() in (None, "joined")
-    if added or backend != dispatch.AUTO or q.numel() == 0:
+    if prompt_k is not None or temperature is not None or backend != dispatch.AUTO or q.numel() == 0:
         return False
     inputs = Inputs(q, k, k, None, None, None, None, 1.0)
     return attention_choice.ways(call_of(inputs))[0] in ("joined", "split")

@@ -56,7 +56,7 @@ def residual_norm(
     """
     _check(x, delta, scale, norm)
     backend = dispatch.requested(backend)
-    if traced_plainly(x, backend, fusable=True):
+    if traced_plainly(backend, fusable=True):
         return _plain(x, delta, scale, norm)
     y, normed, _, _ = torch.ops.fastprompt.residual_norm(x, delta, scale, *norm, backend)
     return y, normed

@@ -101,7 +101,7 @@ def folded_row_attention(
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
         prompt_rows = None
     backend = dispatch.requested(backend)
-    if traced_plainly(query, backend):
+    if traced_plainly(backend, fusable=not (query.is_cuda and dispatch.triton_is_available())):
         return _plain(query, rows, prompt_rows)
     context, _ = torch.ops.fastprompt.folded_row_attention(query, rows, prompt_rows, backend)
     return context

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt import vit
+from fastprompt.frozen import has_hooks, linear
 from fastprompt.ops import (
     FoldedPrompts,
     Norm,
@@ -287,7 +288,7 @@ def _frozen_norm(block: TimmBlock, name: str) -> Norm | None:
     if isinstance(block, ResPostBlock) or type(norm) not in (nn.LayerNorm, LayerNorm):
         return None
     if (
-        vit.watched(norm)
+        has_hooks(norm)
         or getattr(norm, "_fast_norm", False)
         or any(p.requires_grad for p in norm.parameters())
     ):
@@ -358,7 +359,7 @@ def _mlp_input(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross 
 
 
 def _mlp_output(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross | None) -> Tensor:
-    return block.mlp(_mlp_input(block, x, normed, cross))
+    return vit.run_mlp(block.mlp, _mlp_input(block, x, normed, cross))
 
 
 def _mlp_hidden_mean(block: TimmBlock, x: Tensor, normed: Tensor | None, cross: Cross | None) -> Tensor:
@@ -388,7 +389,7 @@ def _mlp_mean(
         return _mlp(block, x, normed, context)[0].mean(1)
     hidden = context.run("mlp", _mlp_hidden_mean, block, x, normed, context.cross)
     fc2 = cast(Mlp | GluMlp | SwiGLU, block.mlp).fc2
-    return adapter.add_mlp(block, x.mean(1, keepdim=True), fc2(hidden)).squeeze(1)
+    return adapter.add_mlp(block, x.mean(1, keepdim=True), linear(fc2, hidden)).squeeze(1)
 
 
 def _cross(block: TimmBlock, x: Tensor, context: Context, insert: int) -> Tensor:

@@ -289,9 +289,14 @@ class FoldedPromptModel(nn.Module):
                 self._leaves[i] = None
         super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> logits [B, classes]."""
+        if torch.compiler.is_exporting():  # a change of the grad mode would be an operator of the program
+            return self._logits(images)
+        with torch.no_grad():
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         backbone.check_images(self.base, images, "FoldedPromptModel")
         leaves = [getattr(self, f"constant_{i}", leaf) for i, leaf in enumerate(self._leaves)]
         state = pytree.tree_unflatten(leaves, self._structure)

@@ -21,7 +21,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +43,8 @@ class Kernel:
     Attributes:
         run: run the operation.
         can_run: for the same arguments, return why `run` cannot run them, or None.
+        why_defer: for the same arguments, return why "auto" should leave them to the next backend though this one can
+            run them, or None.
         automatic: whether "auto" may select it; otherwise it must be requested by name.
         fuses_norm: whether it computes a norm in the same pass over the sequence.
     """
@@ -52,6 +53,7 @@ class Kernel:
     can_run: Callable[..., str | None]
     automatic: bool = True
     fuses_norm: bool = False
+    why_defer: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass
@@ -186,7 +188,7 @@ def _candidates(operation: str, *args: Any) -> Iterator[tuple[str, Kernel]]:
     """Yield the backends and kernels that "auto" may use for `args`, the first choice first."""
     for candidate in _backends.values():
         kernel = candidate.automatic_kernel(operation)
-        if kernel is None or kernel.can_run(*args) is not None:
+        if kernel is None or kernel.can_run(*args) is not None or kernel.why_defer(*args) is not None:
             continue
         if candidate.available:
             yield candidate.name, kernel
@@ -222,23 +224,6 @@ def explain(operation: str, *args: Any) -> dict[str, str | None]:
     return {name: why_not(operation, name, *args) for name in BACKENDS}
 
 
-def auto_is_eager(operation: str, tensor: torch.Tensor) -> bool:
-    """Return whether "auto" selects `eager` for calls of `operation` whose first argument is like `tensor`."""
-    # A power of two makes the width a constant for the compiler, even if it traces symbolic sizes.
-    width = next((w for w in (64, 128, 256) if tensor.shape[-1] <= w), 512)
-    return _auto_is_eager(operation, tensor.device, tensor.dtype, width)
-
-
-@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
-def _auto_is_eager(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    example = SimpleNamespace(device=device, dtype=dtype, shape=(1, 1, 1, width))  # a tensor would be traced
-    for backend in _backends.values():
-        kernel = backend.automatic_kernel(operation)
-        if kernel is not None and backend.available and kernel.can_run(example) is None:
-            return backend.name == "eager"
-    return False
-
-
 def has_fused_kernel(operation: str, tensor: torch.Tensor) -> bool:
     """Return whether a kernel may run `operation` and its norm in one pass for `tensor`.
 
@@ -257,14 +242,24 @@ def _fuses_norm(operation: str, name: str) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result
+def triton_is_available() -> bool:
+    """Return whether the backend `triton` is available in this process."""
+    return why_no_triton() is None
+
+
 # Registration ---------------------------------------------------------------------------------------------------
 
 
 def register(
-    operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]
+    operation: str,
+    backend: str,
+    run: Callable[..., Any],
+    can_run: Callable[..., str | None],
+    why_defer: Callable[..., str | None] | None = None,
 ) -> None:
     """Add a kernel for `operation` to `backend`."""
-    _backends[backend].kernels[operation] = Kernel(run, can_run)
+    _backends[backend].kernels[operation] = Kernel(run, can_run, why_defer=why_defer or always)
 
 
 def register_triton(

@@ -23,6 +23,7 @@ from fastprompt.ops.operator import (
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -67,10 +68,13 @@ def folded_cross_attention(
         NotImplementedError: `norm` requires a gradient, or `backend` names one that cannot run this call.
     """
     _check(x, folded, residual, norm)
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=True):
+        return _plain(x, folded, residual, norm)
     affine = (None, None, None) if norm is None else norm
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *folded))
     y, _, normed, _, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, *folded, residual, *affine, trains, dispatch.requested(backend)
+        x, *folded, residual, *affine, trains, backend
     )
     return y, None if norm is None else normed
 
@@ -87,6 +91,23 @@ def folded_cross_attention_reference(
         y = y if folded.out_bias is None else y + folded.out_bias.to(wide)
         y = (x.to(wide) + y if residual else y).to(x.dtype)
         return y, None if norm is None else layer_norm_reference(y, norm, folded.key.dtype)
+
+
+def _plain(
+    x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the same in the dtype of the products; under autocast that is its own."""
+    key, bias, value, out_bias = folded
+    H, P, _ = key.shape
+    logits = torch.addmm(bias.flatten(), x.flatten(0, 1), key.flatten(0, 1).mT)
+    weights = logits.unflatten(1, (H, P)).softmax(-1).flatten(1)
+    if out_bias is None:
+        out = weights @ value.flatten(0, 1)
+    else:
+        out = torch.addmm(out_bias, weights, value.flatten(0, 1))
+    y = out.view(*x.shape[:2], value.shape[2])
+    y = x + y if residual else y
+    return y, None if norm is None else layer_norm_reference(y, norm, out.dtype)
 
 
 def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) -> None:

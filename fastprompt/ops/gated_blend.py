@@ -32,6 +32,7 @@ from fastprompt.ops.operator import (
     mark_as_backward,
     no_flops,
     register_gradient,
+    traced_plainly,
 )
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -68,9 +69,12 @@ def gated_blend(
         NotImplementedError: `norm` requires a gradient, or `backend` names one that cannot run this call.
     """
     _check(x, delta, prompt_in, gate, start, length, norm)
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=True):
+        return _plain(x, delta, prompt_in, gate, start, length, norm)
     affine = (None, None, None) if norm is None else norm
     y, normed, _, _ = torch.ops.fastprompt.gated_blend(
-        x, delta, prompt_in, gate, start, length, *affine, dispatch.requested(backend)
+        x, delta, prompt_in, gate, start, length, *affine, backend
     )
     return y, None if norm is None else normed
 
@@ -87,13 +91,19 @@ def gated_blend_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute :func:`gated_blend` in plain PyTorch, in float32 or better, autocast off: the specification."""
     with torch.autocast(x.device.type, enabled=False):
-        dtype = _widest(x, delta, prompt_in)
-        wide = accumulation_dtype(dtype)
-        out = x.to(wide) + delta.to(wide)
-        before, rows, after = out.split([start, length, x.shape[1] - start - length], dim=1)
-        g = gate.to(wide).reshape(())
-        y = torch.cat([before, g * rows + (1 - g) * prompt_in.to(wide), after], dim=1).to(dtype)
-        return y, None if norm is None else layer_norm_reference(y, norm, delta.dtype)
+        return _plain(x, delta, prompt_in, gate, start, length, norm)
+
+
+def _plain(
+    x: Tensor, delta: Tensor, prompt_in: Tensor, gate: Tensor, start: int, length: int, norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    dtype = _widest(x, delta, prompt_in)
+    wide = accumulation_dtype(dtype)
+    out = x.to(wide) + delta.to(wide)
+    before, rows, after = out.split([start, length, x.shape[1] - start - length], dim=1)
+    g = gate.to(wide).reshape(())
+    y = torch.cat([before, g * rows + (1 - g) * prompt_in.to(wide), after], dim=1).to(dtype)
+    return y, None if norm is None else layer_norm_reference(y, norm, delta.dtype)
 
 
 def _check(

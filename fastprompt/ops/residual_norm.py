@@ -29,6 +29,7 @@ from fastprompt.ops.operator import (
     mark_as_backward,
     no_flops,
     register_gradient,
+    traced_plainly,
 )
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -54,7 +55,10 @@ def residual_norm(
         NotImplementedError: `norm` or `scale` requires a gradient, or `backend` names one that cannot run this call.
     """
     _check(x, delta, scale, norm)
-    y, normed, _, _ = torch.ops.fastprompt.residual_norm(x, delta, scale, *norm, dispatch.requested(backend))
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=True):
+        return _plain(x, delta, scale, norm)
+    y, normed, _, _ = torch.ops.fastprompt.residual_norm(x, delta, scale, *norm, backend)
     return y, normed
 
 
@@ -63,11 +67,15 @@ def residual_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`residual_norm` in plain PyTorch, in float32 or better, autocast off: the specification."""
     with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, delta.dtype)
-        wide = accumulation_dtype(dtype)
-        added = delta.to(wide) if scale is None else scale.to(wide) * delta.to(wide)
-        y = (x.to(wide) + added).to(dtype)
-        return y, layer_norm_reference(y, norm, delta.dtype)
+        return _plain(x, delta, scale, norm)
+
+
+def _plain(x: Tensor, delta: Tensor, scale: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, delta.dtype)
+    wide = accumulation_dtype(dtype)
+    added = delta.to(wide) if scale is None else scale.to(wide) * delta.to(wide)
+    y = (x.to(wide) + added).to(dtype)
+    return y, layer_norm_reference(y, norm, delta.dtype)
 
 
 def _check(x: Tensor, delta: Tensor, scale: Tensor | None, norm: Norm) -> None:

@@ -80,9 +80,9 @@ def kept(model: Any, recompute: str | None) -> int:
 def test_less_is_kept(name: str) -> None:
     """In units of the rows [B, N, D], a block keeps 10, or 6 without a part, or 1 without all of it; the last one less.
 
-    No gradient passes the first attention of CVPT.
+    Where no prompts are rows, no gradient passes the image rows of the first attention.
     """
-    attentions = 4 if name == "cvpt-3" else 5
+    attentions = 5 if "shallow" in name or "gate" in name else 4
     model = prompted("vit", CONFIGS[name], depth=6)
     rows = 2 * 17 * 48 * 8
     nothing, mlp, attention, block = (kept(model, part) for part in (None, *PARTS))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -49,8 +49,24 @@ class Identity:
 known: dict[Key, Identity] = {}
 
 
+class Recorder(Protocol):
+    """Records the launches of a call, in order to repeat them."""
+
+    fault: str | None
+
+    def launch(
+        self,
+        kernel: Any,
+        compiled: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: dict[str, Any],
+    ) -> None: ...
+
+
 class _Watch(threading.local):  # the backward runs in autograd's own threads
     launched: list[Identity] | None = None
+    recorder: Recorder | None = None
 
 
 _watch = _Watch()
@@ -64,6 +80,21 @@ def watching() -> Iterator[list[Identity]]:
         yield _watch.launched
     finally:
         _watch.launched = outer
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Let `recorder` record what this thread launches inside."""
+    outer, _watch.recorder = _watch.recorder, recorder
+    try:
+        yield
+    finally:
+        _watch.recorder = outer
+
+
+def recorder() -> Recorder | None:
+    """Return what records the launches of this thread, or None."""
+    return _watch.recorder
 
 
 def launching(identity: Identity) -> None:

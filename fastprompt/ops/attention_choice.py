@@ -77,6 +77,11 @@ def forced() -> Way | None:
     return None if _request == AUTO else _request  # type: ignore[return-value]
 
 
+def requested() -> str:
+    """Return the way that is requested by name, or "auto"."""
+    return _request
+
+
 @contextmanager
 def use_way(name: str) -> Iterator[None]:
     """Compute every prompt attention inside the context by the way `name`; "auto" ends an outer one.

@@ -20,6 +20,7 @@ from fastprompt.ops.norm import Norm, check_norm, empty_norm, layer_norm, layer_
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -73,9 +74,7 @@ def folded_cross_attention(
         return _plain(x, folded, residual, norm)
     affine = (None, None, None) if norm is None else norm
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *folded))
-    y, _, normed, _, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, *folded, residual, *affine, trains, backend
-    )
+    y, _, normed, _, _ = call("folded_cross_attention", x, *folded, residual, *affine, trains, backend)
     return y, None if norm is None else normed
 
 
@@ -250,13 +249,10 @@ def _backward(
     saved = ctx.saved_tensors
     grad = grad_y
     if grad_normed is not None:
-        grad, _d_delta = torch.ops.fastprompt.residual_norm_backward(
-            grad_y, grad_normed, *saved[4:], None, ctx.wide, [True, False], ctx.backend
-        )
+        of_norm = (*saved[4:], None, ctx.wide, [True, False])
+        grad, _d_delta = call("residual_norm_backward", grad_y, grad_normed, *of_norm, ctx.backend)
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
-    found = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *saved[:4], ctx.residual, needs, ctx.backend
-    )
+    found = call("folded_cross_attention_backward", grad, *saved[:4], ctx.residual, needs, ctx.backend)
     wanted = [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
     return (*wanted, *(None,) * 6)
 

@@ -28,6 +28,7 @@ from fastprompt.ops.norm import (
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     no_flops,
@@ -73,9 +74,7 @@ def gated_blend(
     if traced_plainly(backend, fusable=True):
         return _plain(x, delta, prompt_in, gate, start, length, norm)
     affine = (None, None, None) if norm is None else norm
-    y, normed, _, _ = torch.ops.fastprompt.gated_blend(
-        x, delta, prompt_in, gate, start, length, *affine, backend
-    )
+    y, normed, _, _ = call("gated_blend", x, delta, prompt_in, gate, start, length, *affine, backend)
     return y, None if norm is None else normed
 
 
@@ -225,9 +224,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: A
     of_x, of_delta, of_prompt = ctx.dtypes
     same = of_delta == ctx.wide
     needs = [need_x or (need_delta and same), need_delta and not same, need_prompt, need_gate]
-    d_x, d_delta, d_prompt, d_gate = torch.ops.fastprompt.gated_blend_backward(
-        grad_y, grad_normed, *ctx.saved_tensors, ctx.start, ctx.length, of_delta, needs, ctx.backend
-    )
+    of_rows = (*ctx.saved_tensors, ctx.start, ctx.length, of_delta, needs)
+    d_x, d_delta, d_prompt, d_gate = call("gated_blend_backward", grad_y, grad_normed, *of_rows, ctx.backend)
     d_delta = d_x if same else d_delta
     return (
         d_x.to(of_x) if need_x else None,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastprompt.ops import dispatch
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -58,7 +58,7 @@ def packed_prompt_attention(
     rest = (prompt_k, prompt_v, temperature, prompt_index, scale)
     if is_plain(q, k, prompt_k, temperature, backend):
         return plain_attention(q, k, v, *rest)
-    out, _ = torch.ops.fastprompt.packed_prompt_attention(qkv, *rest, backend)
+    out, _ = call("packed_prompt_attention", qkv, *rest, backend)
     return out
 
 
@@ -136,8 +136,8 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 7
     needs = [bool(n) for n in ctx.needs_input_grad[:4]]
-    gradients = torch.ops.fastprompt.packed_prompt_attention_backward(
-        grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
+    gradients = call(
+        "packed_prompt_attention_backward", grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, None, None, None)

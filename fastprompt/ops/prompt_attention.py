@@ -22,6 +22,7 @@ from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -72,7 +73,7 @@ def prompt_attention(
     arguments = (q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
     if is_plain(q, k, prompt_k, temperature, backend):
         return plain_attention(*arguments)
-    out, _ = torch.ops.fastprompt.prompt_attention(*arguments, backend)
+    out, _ = call("prompt_attention", *arguments, backend)
     return out
 
 
@@ -237,9 +238,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 9
     needs = [bool(n) for n in ctx.needs_input_grad[:6]]
-    gradients = torch.ops.fastprompt.prompt_attention_backward(
-        grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
-    )
+    gradients = call("prompt_attention_backward", grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, None, None, None)
 

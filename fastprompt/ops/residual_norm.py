@@ -25,6 +25,7 @@ from fastprompt.ops.norm import (
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     no_flops,
@@ -58,7 +59,7 @@ def residual_norm(
     backend = dispatch.requested(backend)
     if traced_plainly(backend, fusable=True):
         return _plain(x, delta, scale, norm)
-    y, normed, _, _ = torch.ops.fastprompt.residual_norm(x, delta, scale, *norm, backend)
+    y, normed, _, _ = call("residual_norm", x, delta, scale, *norm, backend)
     return y, normed
 
 
@@ -146,8 +147,18 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: A
     of_x, of_delta = ctx.dtypes
     same = scale is None and of_delta == y.dtype
     needs = [need_x or (need_delta and same), need_delta and not same]
-    d_x, d_delta = torch.ops.fastprompt.residual_norm_backward(
-        grad_y, grad_normed, y, mean, rstd, weight, scale, of_delta, needs, ctx.backend
+    d_x, d_delta = call(
+        "residual_norm_backward",
+        grad_y,
+        grad_normed,
+        y,
+        mean,
+        rstd,
+        weight,
+        scale,
+        of_delta,
+        needs,
+        ctx.backend,
     )
     d_delta = d_x if same else d_delta
     return d_x.to(of_x) if need_x else None, d_delta if need_delta else None, *(None,) * 5

@@ -23,6 +23,7 @@ from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
@@ -103,7 +104,7 @@ def folded_row_attention(
     backend = dispatch.requested(backend)
     if traced_plainly(backend, fusable=not (query.is_cuda and dispatch.triton_is_available())):
         return _plain(query, rows, prompt_rows)
-    context, _ = torch.ops.fastprompt.folded_row_attention(query, rows, prompt_rows, backend)
+    context, _ = call("folded_row_attention", query, rows, prompt_rows, backend)
     return context
 
 
@@ -226,9 +227,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 4
     needs = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.fastprompt.folded_row_attention_backward(
-        grad, *ctx.saved_tensors, needs, ctx.backend
-    )
+    gradients = call("folded_row_attention_backward", grad, *ctx.saved_tensors, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
 
 

@@ -58,6 +58,11 @@ def describe(
     _forms[operation] = Form(images, exact)
 
 
+def always() -> bool:
+    """Return whether every call is checked."""
+    return _mode == "always"
+
+
 def run(name: str, run: Callable[..., T], plain: Callable[..., T], *args: Any) -> T:
     """Return `run(*args)`, checked if it launches kernels that were not checked before.
 
@@ -75,7 +80,11 @@ def run(name: str, run: Callable[..., T], plain: Callable[..., T], *args: Any) -
     with identities.watching() as launched:
         results = run(*args)
     new = [i for i in dict.fromkeys(launched) if i.state == "not yet" or _mode == "always"]
-    if not new or _mode == "never":
+    if _mode == "never":
+        for identity in new:
+            identity.state = "unchecked"
+        return results
+    if not new:
         return results
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _warn_of_capture(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastprompt
+from fastprompt.kernels import identities
 from fastprompt.ops import dispatch, gated_blend, packed_prompt_attention, prompt_attention
 
 
@@ -44,6 +45,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
         empty = dispatch.Backend(name, lambda: "no kernels")
         monkeypatch.setitem(dispatch._backends, name, empty)
     monkeypatch.setattr(dispatch, "_request", "auto")
+    monkeypatch.setattr(identities, "known", {})
 
     def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:
         recorder = Recorder(operation, reason)

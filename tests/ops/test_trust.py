@@ -21,7 +21,8 @@ from bench.correctness import Oracle
 from fastprompt.kernels import identities
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention as kernels
-from fastprompt.ops import dispatch, prompt_attention, prompt_attention_reference, trust
+from fastprompt.kernels.triton.gated_blend import gated_blend_fwd_kernel
+from fastprompt.ops import attention_choice, dispatch, prompt_attention, prompt_attention_reference, trust
 
 pytestmark = pytest.mark.skipif(
     dispatch.why_no_triton() is not None, reason="Triton's kernels do not run in this process"
@@ -71,36 +72,54 @@ def attention_inputs(B: int = 3, **options: Any) -> dict[str, Any]:
     return draw(Shape(B, Nq=5, N=9, **{"P": 3, "d": 16, **options}), torch.float32, DEVICE)
 
 
+def blend_inputs() -> dict[str, Any]:
+    return {name: to_device(x) for name, x in forms.blend_inputs().items()}
+
+
+def to_device(x: Tensor | None) -> Tensor | None:
+    return x.to(DEVICE, torch.float32) if x is not None and x.is_floating_point() else x
+
+
+def scale(pointer: str, factor: float) -> Wrong:
+    """Falsify what a kernel writes to `pointer`."""
+
+    def wrong(name: str, arguments: dict[str, Any]) -> None:
+        if isinstance(arguments.get(pointer), Tensor):
+            arguments[pointer].mul_(factor)
+
+    return wrong
+
+
 def test_a_right_kernel_is_checked_once_and_then_trusted(
     falsify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches = falsify(lambda *_: None)
-    inputs = attention_inputs()
-    prompt_attention(**inputs)
-    assert len(launches) == 1
+    inputs = blend_inputs()
+    forms.run_blend(**inputs)
+    assert launches == ["gated_blend_fwd_kernel"]
     assert states() == {"trusted"}
     monkeypatch.setattr(trust, "_compare", lambda *_: pytest.fail("checked again"))
-    prompt_attention(**{**inputs, "q": inputs["q"][:1], "k": inputs["k"][:1], "v": inputs["v"][:1]})
+    forms.run_blend(**{n: x[:1] if x.ndim == 3 else x for n, x in inputs.items()})
     assert len(launches) == 2
 
 
 def test_a_wrong_forward_is_refused_once_and_the_right_numbers_are_returned(falsify: Any) -> None:
-    launches = falsify(lambda name, arguments: arguments["p_out"].mul_(1.05))
-    inputs = attention_inputs()
+    launches = falsify(scale("p_y", 1.05))
+    inputs = blend_inputs()
     with pytest.warns(RuntimeWarning) as caught:
-        got = prompt_attention(**inputs)
+        got = forms.run_blend(**inputs)
     (warning,) = [str(w.message) for w in caught]
-    for part in ("prompt_attention_fwd", "off by", "triton", "TRITON_PTXAS_PATH", "report"):
+    for part in ("gated_blend_fwd_kernel", "off by", "triton", "TRITON_PTXAS_PATH", "report"):
         assert part in warning
     assert launch.toolchain(torch.device(DEVICE)) in warning
-    assert torch.equal(got, prompt_attention(**inputs, backend="eager"))
+    Oracle(partial(forms.run_blend, backend="eager"), inputs, backward=False).check({"output": got})
     assert states() == {"refused"}
 
     # Without a launch, a check or a warning.
-    assert torch.equal(prompt_attention(**inputs), got)
+    assert torch.equal(forms.run_blend(**inputs), got)
     assert len(launches) == 1
     with pytest.raises(NotImplementedError, match=r"'triton' was requested by name.*refused.*off by"):
-        prompt_attention(**inputs, backend="triton")
+        forms.run_blend(**inputs, backend="triton")
     assert len(launches) == 1
 
 
@@ -110,28 +129,24 @@ def test_a_kernel_with_a_wrong_factor_is_refused(monkeypatch: pytest.MonkeyPatch
         kernels._Inputs, "arguments", lambda *a: (f := right(*a)) | {"scale": 1.1 * f["scale"]}
     )
     inputs = attention_inputs()
-    with pytest.warns(RuntimeWarning, match="off by"):
+    with pytest.warns(RuntimeWarning, match="off by"), attention_choice.use_way("looped"):
         Oracle(prompt_attention_reference, inputs)(prompt_attention)
 
 
-@pytest.mark.parametrize("wrong", ["p_dq", "p_dk", "p_dpk"])
+@pytest.mark.parametrize("wrong", ["p_dx", "p_dprompt", "p_partial"])
 def test_a_wrong_backward_is_refused_and_the_right_gradients_are_returned(falsify: Any, wrong: str) -> None:
-    def scale_gradient(name: str, arguments: dict[str, Any]) -> None:
-        if wrong in arguments:
-            arguments[wrong].mul_(0.9)
-
-    falsify(scale_gradient)
-    inputs = attention_inputs(kind="shared")
-    oracle = Oracle(prompt_attention_reference, inputs)
-    with pytest.warns(RuntimeWarning, match="prompt_attention_backward"):
-        oracle(prompt_attention)
+    falsify(scale(wrong, 0.9))
+    inputs = blend_inputs()
+    oracle = Oracle(partial(forms.run_blend, backend="eager"), inputs)
+    with pytest.warns(RuntimeWarning, match="gated_blend_backward"):
+        oracle(forms.run_blend)
     assert states() == {"trusted", "refused"}  # the forward's, the backward's
-    with pytest.raises(NotImplementedError, match=r"`prompt_attention_backward`.*refused"):
-        oracle(partial(prompt_attention, backend="triton"))
-    oracle(prompt_attention)
+    with pytest.raises(NotImplementedError, match=r"`gated_blend_backward`.*refused"):
+        oracle(partial(forms.run_blend, backend="triton"))
+    oracle(forms.run_blend)
 
 
-@pytest.mark.parametrize("name", forms.OPERATIONS)
+@pytest.mark.parametrize("name", [forms.BLEND, forms.CROSS, forms.ROW])  # attention has more ways than one
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_wrong_kernels_of_every_operation_are_refused(
     name: str, backward: bool, monkeypatch: pytest.MonkeyPatch
@@ -158,10 +173,6 @@ def test_wrong_kernels_of_every_operation_are_refused(
         oracle(form.function)
 
 
-def to_device(x: Tensor | None) -> Tensor | None:
-    return x.to(DEVICE, torch.float32) if x is not None and x.is_floating_point() else x
-
-
 @pytest.mark.parametrize("kind", ["shared", "per image", "table"])
 @pytest.mark.parametrize("numbers", [1, 2**10, 2**22], ids=["one image", "some images", "all images"])
 def test_images_are_compared_in_parts(kind: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +185,18 @@ def test_images_are_compared_in_parts(kind: str, numbers: int, monkeypatch: pyte
 
 
 def test_overflow_that_plain_pytorch_shares_is_no_fault(falsify: Any) -> None:
-    inputs = attention_inputs()
-    inputs["v"][1] = torch.inf
-    prompt_attention(**inputs)
+    inputs = blend_inputs()
+    inputs["x"][1] = torch.inf
+    forms.run_blend(**inputs)
     assert states() == {"trusted"}
     identities.known.clear()
 
     def lose_a_row(name: str, arguments: dict[str, Any]) -> None:
-        arguments["p_out"][0, 0] = torch.nan
+        arguments["p_y"][0, 0] = torch.nan
 
     falsify(lose_a_row)
     with pytest.warns(RuntimeWarning, match="off by nan"):
-        assert prompt_attention(**inputs)[0].isfinite().all()
+        assert forms.run_blend(**inputs)[0, 0].isfinite().all()
 
 
 def test_an_error_of_triton_is_reported_once_and_eager_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,26 +205,24 @@ def test_an_error_of_triton_is_reported_once_and_eager_runs(monkeypatch: pytest.
     def fail(self: Any, grid: Any) -> Any:
         raise OutOfResources(232448, 101376, "shared memory")
 
-    kernel = kernels.prompt_attention_fwd_kernel
-    monkeypatch.setattr(type(kernel), "__getitem__", fail)
-    inputs = attention_inputs()
+    monkeypatch.setattr(type(gated_blend_fwd_kernel), "__getitem__", fail)
+    inputs = blend_inputs()
     if launch.INTERPRETED:  # an error of the interpreter is a bug
         with pytest.raises(OutOfResources):
-            prompt_attention(**inputs)
+            forms.run_blend(**inputs)
         monkeypatch.setattr(launch, "INTERPRETED", False)
         monkeypatch.setattr(launch, "unsupported", lambda tensor: None)
         monkeypatch.setattr(launch, "architecture", lambda device: 80)
-        monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
         monkeypatch.setattr(launch, "toolchain", lambda device: "triton")
         monkeypatch.setattr(launch, "warn_of_assembler_once", lambda device: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
         identities.known.clear()
     with pytest.warns(RuntimeWarning, match="shared memory"):
-        got = prompt_attention(**inputs)
-    assert torch.equal(got, prompt_attention(**inputs))
-    assert torch.equal(got, prompt_attention(**inputs, backend="eager"))
+        got = forms.run_blend(**inputs)
+    assert torch.equal(got, forms.run_blend(**inputs))
+    Oracle(partial(forms.run_blend, backend="eager"), inputs, backward=False).check({"output": got})
     with pytest.raises(NotImplementedError, match="shared memory"):
-        prompt_attention(**inputs, backend="triton")
+        forms.run_blend(**inputs, backend="triton")
 
 
 # When it is checked ---------------------------------------------------------------------------------------------------
@@ -226,21 +235,21 @@ def test_always_checks_every_call(falsify: Any, monkeypatch: pytest.MonkeyPatch)
     def wrong_in_the_third_call(name: str, arguments: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
-        arguments["p_out"].mul_(1.05 if calls == 3 else 1.0)
+        arguments["p_y"].mul_(1.05 if calls == 3 else 1.0)
 
     falsify(wrong_in_the_third_call)
-    inputs = attention_inputs()
+    inputs = blend_inputs()
     for _ in range(2):
-        prompt_attention(**inputs)
+        forms.run_blend(**inputs)
     with pytest.warns(RuntimeWarning, match="off by"):
-        prompt_attention(**inputs)
+        forms.run_blend(**inputs)
 
 
 def test_never_checks_nothing(falsify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_mode", "never")
-    falsify(lambda name, arguments: arguments["p_out"].fill_(7.0))
-    assert (prompt_attention(**attention_inputs()) == 7).all()
-    assert states() == {"not yet"}
+    falsify(lambda name, arguments: arguments["p_y"].fill_(7.0))
+    assert (forms.run_blend(**blend_inputs()) == 7).all()
+    assert states() == {"unchecked"}
 
 
 def test_an_unknown_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,11 +285,13 @@ def test_kernels_are_used_unchecked_where_memory_does_not_suffice(monkeypatch: p
 
 
 def test_a_compiled_graph_is_checked_when_it_runs(fresh_compiler: None, falsify: Any) -> None:
-    falsify(lambda name, arguments: arguments["p_out"].mul_(1.05))
-    inputs = attention_inputs()
+    falsify(scale("p_y", 1.05))
+    inputs = blend_inputs()
     with pytest.warns(RuntimeWarning, match="off by"):
-        got = torch.compile(prompt_attention, fullgraph=True, backend="aot_eager")(**inputs)
-    assert torch.equal(got, prompt_attention(**inputs, backend="eager"))
+        got = torch.compile(forms.OPS.gated_blend, fullgraph=True, backend="aot_eager")(
+            *inputs.values(), 1, 2, None, None, None, "auto"
+        )[0]
+    assert torch.equal(got, forms.run_blend(**inputs)[0])
 
 
 def test_a_check_leaves_no_trace() -> None:
@@ -300,12 +311,12 @@ def test_the_table_of_backends_shows_what_was_checked(falsify: Any) -> None:
     inputs = attention_inputs()
     prompt_attention(**inputs)
     assert str(fastprompt.backends()).endswith("Triton kernels checked on first use: 1 trusted")
-    falsify(lambda name, arguments: arguments["p_out"].mul_(1.05))
+    falsify(scale("p_y", 1.05))
     with pytest.warns(RuntimeWarning):
-        prompt_attention(**{**inputs, "temperature": None})
+        forms.run_blend(**blend_inputs())
     first, second = str(fastprompt.backends()).splitlines()[-2:]
     assert first == "Triton kernels checked on first use: 1 trusted, 1 refused"
-    assert "refused: prompt_attention_fwd" in second
+    assert "refused: gated_blend_fwd_kernel (float32" in second
     assert "off by" in second
 
 
@@ -323,6 +334,13 @@ def test_an_old_assembler_is_reported_once_on_hopper(monkeypatch: pytest.MonkeyP
                 launch.warn_of_assembler_once(device)
         assert [f"ptxas {version}" in str(w.message) for w in caught] == [True] * expected
     launch.warn_of_assembler_once.cache_clear()
+
+
+def test_the_table_of_backends_warns_of_an_old_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "assembler_fault", lambda device: f"an old ptxas for {device}")
+    assert str(fastprompt.backends()).endswith("\nWarning: an old ptxas for cuda:0")
 
 
 def test_the_version_of_the_assembler_is_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastprompt.kernels.triton.tiles import (
     accumulate,
+    awaited,
     contract,
     key_rows,
     load,
@@ -66,7 +67,7 @@ def _weights(s, lse2, factor, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _transposed(
+def transposed(
     k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor,
     PADDED: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +79,7 @@ def _transposed(
 
 
 @triton.jit
-def _store_keys(
+def store_keys(
     p_image, p_prompt, o_n, N, P, g0, g1, stride_n, stride_pn,
     STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGNED: tl.constexpr,
@@ -91,7 +92,9 @@ def _store_keys(
         store(rows(p_prompt, o_n - N, stride_pn, ALIGNED), m_prompt, g0, g1, HEAD_DIM, D0, D1)
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T", "first_key"))
+@triton.jit(
+    do_not_specialize=("Nq", "N", "P", "T", "first_key"), do_not_specialize_on_alignment=("p_temperature",)
+)
 def prompt_attention_bwd_dkdv_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dk, p_dv, p_dpk, p_dpv,
     scale, Nq, padded, N, P, T, H, first_key,
@@ -101,6 +104,7 @@ def prompt_attention_bwd_dkdv_kernel(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, STORE_IMAGE: tl.constexpr, STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one tile of keys, from `first_key` on (N if only prompts train)."""
     tiles = tl.cdiv(N + P - first_key, BLOCK_N)
@@ -131,22 +135,24 @@ def prompt_attention_bwd_dkdv_kernel(
         do0, do1 = load(rows(p_do, o_m, stride_dom, ALIGNED), o_m < Nq, HEAD_DIM, D0, D1)
         lse2 = tl.load(p_lse2 + o_m)
         delta = tl.load(p_delta + o_m)
-        w, ds = _transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, False, D1, PRECISION)
+        w, ds = transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, False, D1, PRECISION)
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
+            dv0, dv1 = awaited(dv0, dv1, D1, AWAIT)
         if NEED_K:
             dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
+            dk0, dk1 = awaited(dk0, dk1, D1, AWAIT)
 
     o_image = i_b * stride_dkb + i_h * stride_dkh
     o_prompt = i_b * stride_dpb + i_h * stride_dph
     if NEED_V:
-        _store_keys(
+        store_keys(
             p_dv + o_image, p_dpv + o_prompt, o_n, N, P, dv0, dv1, stride_dkn, stride_dpn,
             STORE_IMAGE, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
         )  # fmt: skip
     if NEED_K:
         natural = factor * 0.6931471805599453
-        _store_keys(
+        store_keys(
             p_dk + o_image, p_dpk + o_prompt, o_n, N, P, dk0 * natural, dk1 * natural, stride_dkn, stride_dpn,
             STORE_IMAGE, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
         )  # fmt: skip
@@ -157,18 +163,19 @@ def _dq_step(
     dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, o_n, N, P, factor,
     stride_kn, stride_vn, stride_pkn, stride_pvn,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     m_n = o_n < N + P
     k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     w = _weights(contract(q0, q1, k0, k1, D1, PRECISION), lse2[:, None], factor, PADDED)
     ds = w * (contract(do0, do1, v0, v1, D1, PRECISION) - delta[:, None])  # [BLOCK_M, BLOCK_N]
-    return accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+    dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+    return awaited(dq0, dq1, D1, AWAIT)
 
 
 @triton.jit
-def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
     """Return Σ a·b of each row. (Triton 3.6 cannot compile the sum over a whole tile for Blackwell.)"""
     product = tl.sum(a0.to(tl.float32) * b0, 1)
     if D1 > 0:
@@ -176,7 +183,7 @@ def _dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
     return product  # [BLOCK]
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
+@triton.jit(do_not_specialize=("Nq", "N", "P", "T"), do_not_specialize_on_alignment=("p_temperature",))
 def prompt_attention_bwd_dq_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta, p_dq, p_products,
     scale, Nq, padded, N, P, T, H,
@@ -187,6 +194,7 @@ def prompt_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, MASK_ALL: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_TEMPERATURE: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one tile of queries, and q·dq of each row, whose sum gives d(temperature)."""
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -217,11 +225,12 @@ def prompt_attention_bwd_dq_kernel(
         dq0, dq1 = _dq_step(
             dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, start + tl.arange(0, BLOCK_N), N, P,
             factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, MASK_ALL, ALIGNED, PRECISION,
+            AWAIT,
         )  # fmt: skip
     if TAIL > 0:
         dq0, dq1 = _dq_step(
             dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, whole + tl.arange(0, TAIL), N, P,
-            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION,
+            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
     natural = factor * 0.6931471805599453
     dq0 *= natural
@@ -231,75 +240,7 @@ def prompt_attention_bwd_dq_kernel(
         store(p_row, m_m, dq0, dq1, HEAD_DIM, D0, D1)
     if NEED_TEMPERATURE:
         p_row = p_products + i_bh.to(tl.int64) * Nq + o_m
-        tl.store(p_row, _dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
-
-
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
-def prompt_attention_bwd_resident_kernel(
-    p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse2, p_delta,
-    p_dq, p_dk, p_dv, p_dpk, p_dpv,
-    scale, Nq, padded, N, P, T, H,
-    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh,
-    stride_dob, stride_dom, stride_doh, stride_dqb, stride_dqm, stride_dqh,
-    stride_dkb, stride_dkn, stride_dkh, stride_dpb, stride_dpn, stride_dph,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
-    STORE_PROMPT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute all gradients of one head of one image, whose keys and values stay in registers or shared memory."""
-    i_bh = tl.program_id(0)
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
-    i_set, known = prompt_set(p_index, i_b, T, HAS_INDEX)
-    factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
-    natural = factor * 0.6931471805599453
-
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_do += i_b * stride_dob + i_h * stride_doh
-    p_dq += i_b * stride_dqb + i_h * stride_dqh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_pk += i_set * stride_pkb + i_h * stride_pkh
-    p_pv += i_set * stride_pvb + i_h * stride_pvh
-    p_lse2 += i_bh.to(tl.int64) * padded
-    p_delta += i_bh.to(tl.int64) * padded
-
-    o_n = tl.arange(0, KEYS)
-    m_n = o_n < N + P
-    k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
-    v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
-    dk0, dk1 = zeros(KEYS, D0, D1)
-    dv0, dv1 = zeros(KEYS, D0, D1)
-    for start in range(0, Nq, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        m_m = o_m < Nq
-        q0, q1 = load(rows(p_q, o_m, stride_qm, ALIGNED), m_m, HEAD_DIM, D0, D1)
-        do0, do1 = load(rows(p_do, o_m, stride_dom, ALIGNED), m_m, HEAD_DIM, D0, D1)
-        lse2 = tl.load(p_lse2 + o_m)
-        delta = tl.load(p_delta + o_m)
-        w, ds = _transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, True, D1, PRECISION)
-        ds = ds.to(k0.dtype)  # [KEYS, BLOCK_M]
-        dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
-        dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
-        dq0 = tl.trans(tl.dot(tl.trans(k0), ds, input_precision=PRECISION)) * natural
-        dq1 = dq0
-        if D1 > 0:
-            dq1 = tl.trans(tl.dot(tl.trans(k1), ds, input_precision=PRECISION)) * natural
-        store(rows(p_dq, o_m, stride_dqm, ALIGNED), m_m, dq0, dq1, HEAD_DIM, D0, D1)
-
-    o_image = i_b * stride_dkb + i_h * stride_dkh
-    o_prompt = i_b * stride_dpb + i_h * stride_dph
-    _store_keys(
-        p_dv + o_image, p_dpv + o_prompt, o_n, N, P, dv0, dv1, stride_dkn, stride_dpn,
-        True, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
-    )  # fmt: skip
-    dk0 *= natural
-    dk1 *= natural
-    _store_keys(
-        p_dk + o_image, p_dpk + o_prompt, o_n, N, P, dk0, dk1, stride_dkn, stride_dpn,
-        True, STORE_PROMPT, HEAD_DIM, D0, D1, ALIGNED,
-    )  # fmt: skip
+        tl.store(p_row, dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
 
 
 @triton.jit(do_not_specialize=("B",))

@@ -256,6 +256,12 @@ def _fuses_norm(operation: str, name: str) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result
+def triton_is_available() -> bool:
+    """Return whether the backend `triton` is available in this process."""
+    return why_no_triton() is None
+
+
 # Registration ---------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fastprompt.kernels import native
+from fastprompt.ops import profile
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -242,6 +243,7 @@ class _TritonKernel(Kernel):
     def __getattr__(self, name: str) -> Any:
         if name not in ("run", "can_run"):
             raise AttributeError(name)
+        profile.apply_tiles()
         module = _import_triton(self.module)
         self.run, self.can_run = getattr(module, self.function), getattr(module, f"can_{self.function}")
         return self.__dict__[name]

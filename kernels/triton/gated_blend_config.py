@@ -53,6 +53,11 @@ def choose(architecture: int, kernel: Kernel, width: int, norm: bool) -> Config:
     return TABLE[Key(architecture, kernel, next(w for w in _BY_WIDTH if w >= width), norm)]
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates for `TABLE[key]`: 4 to 32 elements per thread."""
     return [

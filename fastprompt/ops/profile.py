@@ -18,37 +18,19 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastprompt.ops.profile_file import DTYPES, Profile, ProfileError, entry, read
 
+if TYPE_CHECKING:
+    from fastprompt.ops.attention_choice import Call, Way
+
 VARIABLE = "FASTPROMPT_PROFILE"
 NONE = "none"  # the variable's value for no profile at all
 # A measurement stands for calls whose lengths differ from its own by at most this factor.
 REACH = 1.5
-
-
-class Call(Protocol):
-    """What a call of attention is chosen by; `fastprompt.ops.attention_choice.Call` has more."""
-
-    @property
-    def capability(self) -> tuple[int, int] | None: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def queries(self) -> int: ...
-    @property
-    def keys(self) -> int: ...
-    @property
-    def prompts(self) -> int: ...
-    @property
-    def temperature(self) -> bool: ...
-    @property
-    def training(self) -> bool: ...
 
 
 # Where, and of what -------------------------------------------------------------------------------------------------
@@ -160,61 +142,52 @@ def why_other(profile: Profile) -> str | None:
 def forget() -> None:
     """Read the profile again when it is next asked for. Tile sizes that are in force stay."""
     in_force.cache_clear()
-    _nearest.cache_clear()
+    way.cache_clear()
     apply_tiles.cache_clear()
 
 
-def way(call: Call) -> str | None:
+@functools.lru_cache(maxsize=4096)
+def way(call: Call) -> Way | None:
     """Return the way that was fastest for the measured shape nearest to `call`, or None if none is near.
 
     A measurement stands for `call` if it has the same kind of dtype (16-bit or float32) and of head_dim (up to 64, 128,
     more), of queries (a few or many), of keys (as many as a resident kernel holds or more), prompts or none, and
-    `training`, and if its queries, keys and keys with prompts are within a factor of 1.5. Of those, one with the same
-    use of a temperature comes first, then the nearest by lengths.
+    direction, and if its queries, keys and keys with prompts are within a factor of 1.5. Of those, one with the same
+    use of a temperature comes first, then the nearest by lengths. A backward for the prompts alone is not measured.
     """
-    if call.dtype not in DTYPES.values():
-        return None
-    sizes = (call.queries, call.keys, call.prompts)
-    return _nearest(call.capability, call.dtype, call.head_dim, *sizes, call.temperature, call.training)
-
-
-@functools.lru_cache(maxsize=4096)
-def _nearest(
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    head_dim: int,
-    queries: int,
-    keys: int,
-    prompts: int,
-    temperature: bool,
-    training: bool,
-) -> str | None:
     profile, _ = in_force()
-    known = "none" if capability is None else "{}.{}".format(*capability)
-    if profile is None or known != profile.machine["capability"]:
+    capability = "none" if call.capability is None else "{}.{}".format(*call.capability)
+    if profile is None or capability != profile.machine["capability"]:
         return None
-    kind = _kind(dtype, head_dim, queries, keys, prompts, training)
-    near: list[tuple[bool, float, int, str]] = []
+    if call.dtype not in DTYPES.values() or call.only_prompts:
+        return None
+    kind = _kind(call.dtype, call.head_dim, call.queries, call.keys, call.prompts, call.backward)
+    near: list[tuple[bool, float, int, Way]] = []
     for m in profile.ways:
-        if _kind(DTYPES[m.dtype], m.head_dim, m.queries, m.keys, m.prompts, m.training) != kind:
+        if _kind(DTYPES[m.dtype], m.head_dim, m.queries, m.keys, m.prompts, m.backward) != kind:
             continue
-        lengths = ((queries, m.queries), (keys, m.keys), (keys + prompts, m.keys + m.prompts))
+        total = call.keys + call.prompts
+        lengths = (call.queries, m.queries), (call.keys, m.keys), (total, m.keys + m.prompts)
         off = [abs(math.log(max(a, 1) / b)) for a, b in lengths]
         if max(off) <= math.log(REACH):
-            near.append((m.temperature != temperature, sum(off), len(near), m.fastest))
+            near.append((m.temperature != call.temperature, sum(off), len(near), m.fastest))
     return min(near)[-1] if near else None
 
 
 def _kind(
-    dtype: torch.dtype, head_dim: int, queries: int, keys: int, prompts: int, training: bool
+    dtype: torch.dtype, head_dim: int, queries: int, keys: int, prompts: int, backward: bool
 ) -> tuple[Any, ...]:
-    from fastprompt.kernels.triton.prompt_attention_config import (  # only if there is a profile
-        ONE,
-        RESIDENT_KEYS,
-    )
+    from fastprompt.ops.attention_choice import FEW_QUERIES, RESIDENT_KEYS  # it imports this module
 
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 0
-    return dtype.itemsize, width, queries <= ONE, keys + prompts <= RESIDENT_KEYS, prompts > 0, training
+    return (
+        dtype.itemsize,
+        width,
+        queries <= FEW_QUERIES,
+        keys + prompts <= RESIDENT_KEYS,
+        prompts > 0,
+        backward,
+    )
 
 
 @functools.cache

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from fastprompt.ops.attention_choice import Way
+
 FORMAT = 1
-WAYS = ("resident", "looped", "split", "joined")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -31,14 +33,15 @@ class Measurement:
     keys: int
     prompts: int
     temperature: bool
-    training: bool
+    backward: bool
     batch: int
     heads: int
-    microseconds: dict[str, float]
-    refused: dict[str, str] = field(default_factory=dict)
+    microseconds: dict[Way, float]
+    refused: dict[Way, str] = field(default_factory=dict)
 
     @property
-    def fastest(self) -> str:
+    def fastest(self) -> Way:
+        """The way with the smallest time."""
         return min(self.microseconds, key=self.microseconds.__getitem__)
 
     @property
@@ -122,7 +125,7 @@ _MEASUREMENT: dict[str, type] = {
     "keys": int,
     "prompts": int,
     "temperature": bool,
-    "training": bool,
+    "backward": bool,
     "batch": int,
     "heads": int,
     "microseconds": dict,
@@ -187,6 +190,8 @@ def _values(data: dict[str, Any], where: str, kind: type) -> None:
 
 
 def _way(name: str, where: str) -> None:
+    from fastprompt.ops.attention_choice import WAYS  # which asks the profile
+
     if name not in WAYS:
         raise ProfileError(f"{where} has a way {name!r}; known are {', '.join(WAYS)}")
 

@@ -22,6 +22,7 @@ import torch
 import fastprompt
 from bench import measure, models, numerics, ops
 from bench.cases import NAMES, load
+from fastprompt.calibration import timing
 
 Record = dict[str, Any]
 
@@ -130,7 +131,7 @@ def _ceilings(settings: Settings) -> Iterator[Record]:
     copy = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=settings.device, dtype=dtype) for _ in range(2))
     steps = {"copy": lambda: copy.copy_(source), "product": lambda: a @ b}
-    times = measure.interleaved(steps, 5, settings.device)
+    times = timing.interleaved(steps, 5, settings.device)
     yield note(
         f"ceilings: a copy moves {2 * size / times['copy']['p50'] / 1e9:.2f} TB/s, "
         f"an {side}-square product makes {2 * side**3 / times['product']['p50'] / 1e9:.0f} TFLOP/s"

@@ -25,6 +25,7 @@ from bench import baselines, measure
 from bench.correctness import assert_as_exact
 from bench.ops import backends, first_line
 from bench.papers import paper_model
+from fastprompt.calibration import timing
 
 TRAINING, INFERENCE = "training step", "inference"
 CLASSES = 100
@@ -237,9 +238,7 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
             for name, step in steps.items():
                 metrics[name]["operations"] = float(measure.operations(step))
         # Counting has run each once.
-        times = measure.interleaved(
-            steps, setting.rounds, setting.device, graphs=False, warm=setting.compiled
-        )
+        times = timing.interleaved(steps, setting.rounds, setting.device, graphs=False, warm=setting.compiled)
         if mode == TRAINING and not setting.compiled:
             for name, c in competitors.items():
                 kept = measure.saved_bytes(partial(c.loss, images, labels), c.model.parameters())
@@ -259,6 +258,6 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
         )
 
 
-def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> measure.Step:
+def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> timing.Step:
     """Return the step that is timed in `mode`."""
     return partial(competitor.train_step if mode == TRAINING else competitor.infer, images, labels)

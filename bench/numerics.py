@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastprompt
-from bench import measure, ops
+from bench import ops
 from bench.cases import NAMES, load, operations
 from bench.correctness import Oracle, WrongResult
 from bench.models import METHODS, OWN
+from fastprompt.calibration import timing
 
 Results = dict[str, Tensor]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -130,7 +131,7 @@ def _on_another_stream(case: ops.Case, oracle: Oracle, function: ops.Function) -
 def _in_a_graph(case: ops.Case, oracle: Oracle, function: ops.Function) -> Results:
     """Capture a forward and a backward, and replay them on new inputs."""
     static, got = case.draw(), {}
-    graph = measure.capture(lambda: got.update(oracle.evaluate(function, static)))
+    graph = timing.capture(lambda: got.update(oracle.evaluate(function, static)))
     for n, x in oracle.inputs.items():
         if x is not None:
             static[n].copy_(x)

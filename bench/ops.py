@@ -18,6 +18,7 @@ from torch import Tensor
 from bench import measure
 from bench.correctness import Oracle, evaluate
 from bench.roofline import ViT, Work
+from fastprompt.calibration import timing
 from fastprompt.ops import dispatch
 
 Inputs = dict[str, Tensor]
@@ -164,10 +165,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def steps(case: Case, mode: str, names: Sequence[str], device: str) -> dict[str, list[measure.Step]]:
+def steps(case: Case, mode: str, names: Sequence[str], device: str) -> dict[str, list[timing.Step]]:
     """Return for each competitor one step for each set of inputs; the sets are common to all."""
     first = case.draw()
-    count = measure.input_sets(sum(x.numel() * x.element_size() for x in first.values()), device)
+    count = timing.input_sets(sum(x.numel() * x.element_size() for x in first.values()), device)
     sets = []
     for inputs in (first, *(case.draw() for _ in range(count - 1))):
         outs = evaluate(case.exact, inputs, None).values()
@@ -183,7 +184,7 @@ def rows(case: Case, mode: str, rounds: int, device: str, autotuned: bool = Fals
     errors = check_correctness(case, mode, names)
     if not errors:
         return []
-    times = measure.interleaved(steps(case, mode, list(errors), device), rounds, device)
+    times = timing.interleaved(steps(case, mode, list(errors), device), rounds, device)
     work = case.work[:1] if mode == FORWARD else case.work
     floor_ms = sum(w.floor_us() for w in work) / 1e3
     metrics = {}

@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 
-from bench import cases, measure, ops
+from bench import cases, ops
 from bench.correctness import Oracle
+from fastprompt.calibration import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "kernels" / "triton"
@@ -85,7 +86,7 @@ def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[
     case, mode = call
     before = table[key]
 
-    def with_entry(candidate: Any, step: measure.Step) -> measure.Step:
+    def with_entry(candidate: Any, step: timing.Step) -> timing.Step:
         def run() -> None:
             table[key] = candidate
             step()
@@ -95,7 +96,7 @@ def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[
     try:
         steps = ops.steps(case, mode, [NAME], "cuda")[NAME]
         programs = {str(i): [with_entry(c, step) for step in steps] for i, c in enumerate(candidates)}
-        times = measure.interleaved(programs, ROUNDS, "cuda")
+        times = timing.interleaved(programs, ROUNDS, "cuda")
     finally:
         table[key] = before
     return {i: times[str(i)]["p50"] for i in range(len(candidates))}

@@ -52,13 +52,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Tile:
-    """An entry for the table of `operation`; its time and that of the table's own, in microseconds."""
+    """An entry for the table of `operation`, and its time in microseconds."""
 
     operation: str
     key: dict[str, Any]
     config: dict[str, Any]
     microseconds: float
-    before: float
 
 
 @dataclass
@@ -136,7 +135,6 @@ _TILE: dict[str, type] = {
     "key": dict,
     "config": dict,
     "microseconds": float,
-    "before": float,
 }
 
 
@@ -160,8 +158,7 @@ def _measurement(data: Any, where: str) -> Measurement:
 
 def _tile(data: Any, where: str) -> Tile:
     _fields(data, where, _TILE)
-    for name in ("microseconds", "before"):
-        _time(data[name], f"{where}.{name}")
+    _time(data["microseconds"], f"{where}.microseconds")
     try:
         entry(data["operation"], data["key"], data["config"])
     except ProfileError as error:

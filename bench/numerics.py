@@ -71,9 +71,9 @@ def checks_of(case: ops.Case) -> Iterator[tuple[str, Callable[[], str]]]:
     oracle = case.oracle(ops.BOTH) if case.ours else None
     for name, function in case.ours.items():
 
-        def check(function: ops.Function = function) -> str:
+        def check(name: str = name, function: ops.Function = function) -> str:
             assert oracle is not None
-            with poisoned():
+            with poisoned(), case.context(name):
                 got, again = (oracle.evaluate(function) for _ in range(2))
             error = oracle.check(got)
             different = [n for n in got if not torch.equal(got[n], again[n])]
@@ -110,7 +110,8 @@ def _on_each_backend(run: Callable[[ops.Case, Oracle, ops.Function], Results], n
     oracle = case.oracle(ops.BOTH)
     for backend, function in case.ours.items():
         try:
-            oracle.check(run(case, oracle, function))
+            with case.context(backend):
+                oracle.check(run(case, oracle, function))
         except WrongResult as error:
             raise WrongResult(f"{backend}: {error}") from error
     return f"{len(case.ours)} backends"

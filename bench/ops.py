@@ -8,6 +8,7 @@ becomes a note instead of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from fastprompt.ops import dispatch
 
 Inputs = dict[str, Tensor]
 Function = Callable[..., Any]
+Context = Callable[[], AbstractContextManager[Any]]
 
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an element
@@ -40,6 +42,7 @@ class Case:
         work: bytes and operations of a forward and of a backward.
         autotuned: competitors that search their tile sizes, which takes minutes; measured on request.
         frozen: inputs that do not train.
+        contexts: what competitors are run in, forward and backward, by name.
         notes: why competitors have no row.
     """
 
@@ -53,6 +56,7 @@ class Case:
     work: tuple[Work, Work]
     autotuned: dict[str, Function] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    contexts: dict[str, Context] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -64,6 +68,10 @@ class Case:
     def competitors(self) -> dict[str, Function]:
         """All competitors."""
         return {**self.ours, **self.others, **self.autotuned}
+
+    def context(self, name: str) -> AbstractContextManager[Any]:
+        """Return what the competitor `name` is run in."""
+        return self.contexts.get(name, nullcontext)()
 
     def trainable(self, inputs: Inputs) -> list[str]:
         """Return the names of the inputs that get a gradient."""
@@ -154,7 +162,8 @@ def check_correctness(case: Case, mode: str, names: Sequence[str]) -> dict[str, 
     errors: dict[str, float] = {}
     for name in names:
         try:
-            errors[name] = oracle(case.competitors[name])
+            with case.context(name):
+                errors[name] = oracle(case.competitors[name])
         except Exception as error:  # whatever a competitor does, the others are still measured
             case.notes.append(f"{case.name}, {mode}: {name}: {type(error).__name__}: {first_line(error)}")
     return errors
@@ -174,7 +183,12 @@ def steps(case: Case, mode: str, names: Sequence[str], device: str) -> dict[str,
         outs = evaluate(case.exact, inputs, None).values()
         cotangents = [torch.randn_like(out) for out in outs] if mode == BOTH else None
         sets.append((inputs, cotangents, case.trainable(inputs)))
-    return {name: [partial(evaluate, case.competitors[name], *given) for given in sets] for name in names}
+
+    def run(name: str, *given: Any) -> None:
+        with case.context(name):
+            evaluate(case.competitors[name], *given)
+
+    return {name: [partial(run, name, *given) for given in sets] for name in names}
 
 
 def rows(case: Case, mode: str, rounds: int, device: str, autotuned: bool = False) -> list[measure.Row]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.baselines import softmax_from_lse
 from fastprompt.ops import AttentionWeights
 
 
@@ -130,15 +131,6 @@ def draw(
     return inputs
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """A softmax that has the roundings of large scores, in float32 or better.
-
-    A backward that keeps the log-sum-exp and makes the weights again, as PyTorch's own attention has it, has them too.
-    """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
-
-
 def concatenated(
     q: Tensor,
     k: Tensor,
@@ -164,7 +156,7 @@ def concatenated(
     )
     if temperature is not None:
         logits = logits / temperature  # in float32, as PyTorch promotes
-    return torch.matmul(softmax(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
+    return torch.matmul(softmax_from_lse(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
 
 
 def by_loops(

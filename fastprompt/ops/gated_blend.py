@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.norm import (
     Norm,
@@ -315,3 +315,5 @@ dispatch.register("gated_blend", "eager", _forward_eager, dispatch.always)
 dispatch.register("gated_blend_backward", "eager", _backward_eager, dispatch.always)
 dispatch.register_triton("gated_blend", "gated_blend", "forward", fuses_norm=True)
 dispatch.register_triton("gated_blend_backward", "gated_blend", "backward")
+trust.describe("gated_blend", lambda *args: (0, 1, 2))
+trust.describe("gated_blend_backward", lambda *args: (0, 1, 2, 3, 4, 7))

@@ -43,7 +43,7 @@ def define_operator(schema: str, *, fake: Callable[..., Any], flops: Callable[..
 
     def kernel(*args: Any) -> Any:
         *inputs, backend = args
-        return dispatch.select(name, backend, *inputs)[1].run(*inputs)
+        return dispatch.run(name, backend, *inputs)
 
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)

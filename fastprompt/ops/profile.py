@@ -155,6 +155,7 @@ def way(call: Call) -> Way | None:
     direction, and if its queries, keys and keys with prompts are within a factor of 1.5. Of those, one with the same
     use of a temperature comes first, then the nearest by lengths. A backward for the prompts alone is not measured.
     """
+    apply_tiles()  # attention's kernels come after
     profile, _ = in_force()
     capability = "none" if call.capability is None else "{}.{}".format(*call.capability)
     if profile is None or capability != profile.machine["capability"]:

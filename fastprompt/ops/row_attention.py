@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.operator import (
     accumulation_dtype,
@@ -296,3 +296,31 @@ dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.alwa
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
 dispatch.register_triton("folded_row_attention", "row_attention", "forward")
 dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")
+
+
+def _images(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[int, ...]:
+    return (0, 1) if prompt_rows is None or prompt_rows.ndim == 2 else (0, 1, 2)
+
+
+def _images_backward(
+    grad: Tensor, query: Tensor, rows: Tensor, prompt_rows: Tensor | None, *rest: Any
+) -> tuple[int, ...]:
+    return (0, *(1 + i for i in _images(query, rows, prompt_rows)), 4, 5)
+
+
+def _exact_backward(
+    grad: Tensor,
+    query: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _needs_image_rows(needs):  # else there may be no rows to compute them from
+        context, lse = _forward_eager(query, rows, prompt_rows)
+    return _backward_eager(grad, query, rows, prompt_rows, context, lse, needs)
+
+
+trust.describe("folded_row_attention", _images)
+trust.describe("folded_row_attention_backward", _images_backward, _exact_backward)

@@ -7,11 +7,18 @@ NumPy on CPU tensors, to check indexing and algebra. With a `recorder` set, the 
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
+
+from fastprompt.kernels import identities
+from fastprompt.kernels.identities import Identity, Refused
 
 # Read when the kernels are decorated; a later change of the variable has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -29,6 +36,9 @@ class Recorder(Protocol):
         self, kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: Any
     ) -> None: ...
 
+
+# triton-lang/triton#11781: older ones may reuse the input registers of an asynchronous product before it has read them.
+FIRST_SOUND_PTXAS = (13, 1)
 
 # If set, it gets all launches, and none reaches a device.
 recorder: Recorder | None = None
@@ -117,14 +127,111 @@ def launch(
     num_stages: int,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` over `grid` on `device`'s current stream; do nothing for an empty grid."""
+    """Run `kernel` over `grid` on `device`'s current stream; do nothing for an empty grid.
+
+    Raises:
+        Refused: the kernel failed its check (:mod:`fastprompt.ops.trust`), or does not compile or fit on the device.
+    """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if recorder is not None:
         recorder(kernel, grid, options, arguments)
-    elif INTERPRETED or device.index == torch.cuda.current_device():
-        kernel[grid](**arguments, **options)
-    else:
-        with torch.cuda.device(device):
+        return
+    identity = identify(kernel, device, options, arguments)
+    identities.launching(identity)
+    try:
+        if INTERPRETED or device.index == torch.cuda.current_device():
             kernel[grid](**arguments, **options)
+        else:
+            with torch.cuda.device(device):
+                kernel[grid](**arguments, **options)
+    except TritonError as error:
+        if INTERPRETED:
+            raise
+        raise refuse([identity], f"an error of Triton: {error}") from error
+
+
+# Trust ----------------------------------------------------------------------------------------------------------
+
+
+def identify(
+    kernel: Any, device: torch.device, options: dict[str, int], arguments: dict[str, Any]
+) -> Identity:
+    """Return the identity of a launch, the same object for each launch of it."""
+    constants = _constants(kernel.fn)
+    values = [
+        x.dtype if isinstance(x, Tensor) else x if name in constants else None
+        for name, x in arguments.items()
+    ]
+    key = (kernel.fn, device, *options.values(), *values)
+    identity = identities.known.get(key)
+    if identity is None:
+        identity = identities.known[key] = Identity(
+            kernel.fn.__name__,
+            device,
+            tuple(dict.fromkeys(x.dtype for x in arguments.values() if isinstance(x, Tensor))),
+            {name: x for name, x in arguments.items() if name in constants},
+            options,
+        )
+        warn_of_assembler_once(device)
+    return identity
+
+
+@functools.cache
+def _constants(function: Any) -> frozenset[str]:
+    """Return the names of the arguments of a kernel that are constants for the compiler."""
+    return frozenset(name for name, kind in function.__annotations__.items() if "constexpr" in str(kind))
+
+
+def refuse(launched: Sequence[Identity], fault: str) -> Refused:
+    """Refuse all later launches of `launched`, warn, and return the error to raise."""
+    names = ", ".join(dict.fromkeys(identity.kernel for identity in launched))
+    reason = f"{names} is refused because of {fault}"
+    for identity in launched:
+        identity.state, identity.reason = "refused", reason
+    kernels = "\n".join(f"  {identity}" for identity in launched)
+    warnings.warn(
+        f"fastprompt uses these Triton kernels no more in this process:\n{kernels}\nbecause of {fault} "
+        f"({toolchain(launched[0].device)}). No result of them is returned. Try a newer triton, or set "
+        "TRITON_PTXAS_PATH to the ptxas of a newer CUDA, and please report this message",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Refused(reason)
+
+
+def toolchain(device: torch.device) -> str:
+    """Return the versions of triton and of the assembler that it uses for `device`."""
+    if INTERPRETED:
+        return f"triton {triton.__version__}, interpreted"
+    return f"triton {triton.__version__}, ptxas {assembler_version(device) or 'not found'}"
+
+
+def assembler_version(device: torch.device) -> str | None:
+    """Return the version of ptxas that Triton uses for `device`, as "12.8", or None if there is none."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return str(get_ptxas(10 * major + minor).version)
+    except RuntimeError:  # Triton's "Cannot find ptxas"
+        return None
+
+
+@functools.cache
+def warn_of_assembler_once(device: torch.device) -> None:
+    """Warn if Triton assembles kernels for `device` with a ptxas that is known to be faulty there."""
+    if INTERPRETED or torch.cuda.get_device_capability(device)[0] != 9:
+        return
+    version = assembler_version(device)
+    if version is None or tuple(int(n) for n in version.split(".")) >= FIRST_SOUND_PTXAS:
+        return
+    warnings.warn(
+        f"triton {triton.__version__} assembles kernels for {torch.cuda.get_device_name(device)} with ptxas {version}, "
+        "which can make wrong code for compute capability 9.0 (it may reuse the input registers of asynchronous matrix "
+        "products too early). fastprompt checks each kernel on first use. Use ptxas 13.1 or newer: set "
+        "TRITON_PTXAS_PATH to it, or install triton 3.9 or newer",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from fastprompt.kernels.triton.prompt_attention_bwd import (
     prompt_attention_bwd_sum_kernel,
 )
 from fastprompt.kernels.triton.prompt_attention_config import (
+    RESIDENT_KEYS,
     Config,
     Kernel,
     choose,
@@ -29,6 +31,8 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
     prompt_attention_fwd_kernel,
     prompt_attention_fwd_resident_kernel,
 )
+
+Way = Literal["resident", "looped"]
 
 MAX_HEAD_DIM = 128
 MAX_PROMPT_SETS = 65535  # the second axis of a grid
@@ -51,20 +55,28 @@ def can_backward(
     return can_forward(q)
 
 
-def can_packed_forward(qkv: Tensor, *args: Any) -> str | None:
-    """As :func:`can_forward`, for qkv [B, N, 3, H, d]."""
-    return can_forward(qkv)
+def why_not_resident(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, needs: Sequence[bool] | None
+) -> str | None:
+    """Return why no kernel that holds all keys of an image and head can run the call, or None.
 
-
-def can_packed_backward(grad: Tensor, qkv: Tensor, prompt_k: Tensor | None, *args: Any) -> str | None:
-    """As :func:`can_backward`, for qkv [B, N, 3, H, d]."""
-    return can_backward(grad, qkv, qkv, qkv, prompt_k)
-
-
-def packed_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, for qkv [B, N, 3, H, d]."""
-    q, k, v = qkv.unbind(2)
-    return forward(q, k, v, *rest)
+    Args:
+        needs: for a backward, which of the six gradients are needed.
+    """
+    (B, Nq, H, d), P = q.shape, 0 if prompt_k is None else prompt_k.shape[-3]
+    keys, architecture = k.shape[1] + P, launch.architecture(q.device)
+    if keys > RESIDENT_KEYS:
+        return f"{keys} keys are more than one program holds ({RESIDENT_KEYS})"
+    if needs is None:
+        found = choose(architecture, "fwd", d, Nq, keys, q.element_size())
+        return "it has no kernel for this head_dim and GPU" if found.block_n else None
+    if not has_resident_backward(architecture, d, keys, q.element_size()):
+        return "it has no backward for this head_dim, dtype and GPU"
+    prompts = [need for need in needs[3:5] if P]
+    if not (needs[0] and needs[1] and needs[2]) or any(prompts) != all(prompts):
+        return "not all gradients are needed, and it computes all of them"
+    slots = launch.multiprocessors(q.device)
+    return None if slots <= B * H else f"{B * H} images and heads leave most of {slots} multiprocessors idle"
 
 
 def packed_backward(
@@ -78,17 +90,16 @@ def packed_backward(
     lse: Tensor,
     scale: float,
     needs: list[bool],
+    *,
+    way: Way,
 ) -> tuple[Tensor, ...]:
     """As :func:`backward`, with the gradients of q, k and v written into one tensor [B, N, 3, H, d]."""
     need_qkv, *others = needs
     q, k, v = qkv.unbind(2)
     packed = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = packed.unbind(2) if need_qkv else (packed, packed, packed)
-    if not (need_qkv or needs[3]):
-        # Only prompts train: the image's columns of the softmax are not needed.
-        k, v = k[:, :0], v[:, :0]
     inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    return (packed, *_backward(inputs, grad, out, lse, [need_qkv] * 3 + others, dq, dk, dv))
+    return (packed, *_backward(inputs, grad, out, lse, [need_qkv] * 3 + others, dq, dk, dv, way))
 
 
 def forward(
@@ -100,6 +111,8 @@ def forward(
     temperature: Tensor | None,
     prompt_index: Tensor | None,
     scale: float,
+    *,
+    way: Way,
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, Nq, H, d], contiguous, and the natural LSE [B, H, Nq] in float32."""
     B, Nq, H, d = q.shape
@@ -109,7 +122,8 @@ def forward(
     arguments = inputs.arguments(out)
     stride_ob, stride_om, stride_oh, _ = out.stride()
     arguments.update(p_out=out, p_lse=lse, stride_ob=stride_ob, stride_om=stride_om, stride_oh=stride_oh)
-    config = choose(launch.architecture(q.device), "fwd", d, Nq, inputs.keys, q.element_size())
+    keys = inputs.keys if way == "resident" else max(inputs.keys, RESIDENT_KEYS + 1)
+    config = choose(launch.architecture(q.device), "fwd", d, Nq, keys, q.element_size())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.block_n:
         launch.launch(
@@ -153,6 +167,8 @@ def backward(
     lse: Tensor,
     scale: float,
     needs: list[bool],
+    *,
+    way: Way,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, prompt_k, prompt_v and temperature; those not in `needs` are empty.
 
@@ -163,7 +179,7 @@ def backward(
         for x, need in zip((q, k, v), needs, strict=False)
     )
     inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    return (dq, dk, dv, *_backward(inputs, grad, out, lse, needs, dq, dk, dv))
+    return (dq, dk, dv, *_backward(inputs, grad, out, lse, needs, dq, dk, dv, way))
 
 
 class _Inputs:
@@ -248,6 +264,7 @@ def _backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    way: Way,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill those of dq, dk and dv that are needed; return d(prompt_k), d(prompt_v) and d(temperature)."""
     q, P, device = inputs.q, inputs.P, inputs.q.device
@@ -263,9 +280,7 @@ def _backward(
     def find(kernel: Kernel) -> Config:
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
-    everything = need_q and needs[1] and needs[2] and (P == 0 or not prompt or (needs[3] and needs[4]))
-    resident = everything and launch.multiprocessors(device) <= B * H
-    resident = resident and has_resident_backward(architecture, d, inputs.keys, itemsize)
+    resident = way == "resident"
 
     # Gradients that a kernel computes but nobody needs are written to scratch.
     if image and need_k and not needs[1]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +266,7 @@ def run(
     finished = {p["name"] for p in found["parts"] if p["status"] == "ok"}
     outcomes = [Outcome(**{f.name: p[f.name] for f in fields(Outcome)}) for p in found["parts"]]
     more: dict[str, str] = {}
+    write_table(outcomes, out, work)
     for parts in all_stages:
         stage = [p for p in parts if p.name not in finished]
         if not stage:
@@ -345,8 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records.unlink(missing_ok=True)
     elif not given.resume.exists():
         parser.error(f"--resume: there is no {given.resume}")
-    elif given.resume.resolve() != records:
-        shutil.copy(given.resume, records)
+    else:
+        text = given.resume.read_text()
+        records.write_text(f"{text}\n")  # a line that was cut short ends here
     work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     print(f"logs and build: {work}")
     ptxas = given.ptxas or (None if given.dry_run_cpu else assembler())

@@ -32,9 +32,6 @@ def numerics_part(settings: Settings) -> Iterator[Record]:
     cases = numerics.sweep(settings.device, settings.dry, settings.shard)
     if settings.dry:  # one of a kind
         cases = iter({(c.suite, c.dtype, c.frozen): c for c in reversed(list(cases))}.values())
-    if settings.shard[0] == 0:
-        here = profile.machine()
-        yield note(f"numerics: with triton {here['triton']} and ptxas {here['ptxas']}")
     for case in cases:
         if settings.over:
             left_out = 1 + sum(1 for _ in cases)
@@ -173,7 +170,10 @@ def run(name: str, settings: Settings, path: Path, label: str) -> int:
                 print(record["text"], flush=True)
     counts = [f"{rows} rows"] if rows else []
     counts += [f"{good} checks passed, {bad} failed"] if good or bad else []
-    print("; ".join(counts) or "nothing found", flush=True)
+    here = profile.machine()
+    print(
+        f"{'; '.join(counts) or 'nothing found'}; triton {here['triton']}, ptxas {here['ptxas']}", flush=True
+    )
     return 1 if bad else 0
 
 

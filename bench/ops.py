@@ -113,6 +113,7 @@ class Operation:
         reach: returns a case that an entry of the kernels' table serves, by the entry's key and the number of images:
             a usual one, or the widest.
         entries, variants: yield launches that compile each entry of the table, and those that make other code of it.
+        timed_cases: returns the cases that judge an entry, if not the usual one that reaches it.
         sweep: yields shapes that are checked besides `cases`, on a device; tiny ones to try the program.
     """
 
@@ -123,6 +124,11 @@ class Operation:
     entries: Callable[[], Iterator[Compilation]]
     variants: Callable[[], Iterator[Compilation]]
     sweep: Callable[[str, bool], Iterator[Case]] = _nothing
+    timed_cases: Callable[[Any, int], list[Case]] | None = None
+
+    def timed(self, key: Any, images: int) -> list[Case]:
+        """Return the cases whose times together judge an entry of the table."""
+        return [self.reach(key, images, False)] if self.timed_cases is None else self.timed_cases(key, images)
 
 
 # Parts of a case -----------------------------------------------------------------------------------------------------

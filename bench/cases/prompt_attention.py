@@ -231,14 +231,11 @@ def cases(size: Size) -> Iterator[Case]:
 
 
 def longer(size: Size) -> Iterator[Case]:
-    """Yield the comparisons at the lengths of 384 and 518 pixels, with 50 prompts, for the same number of tokens."""
-    for N in (577, 1370):
+    """Yield the comparisons at the lengths of 384 and 518 pixels, with 50 prompts, for as many tokens in all."""
+    gpu = size.device.startswith("cuda")
+    fast = ("sdpa flash", "sdpa cudnn", "sdpa efficient") if gpu else ("sdpa flash",)
+    for N in (577, 1370) if gpu else (2 * size.N, 3 * size.N):
         B = max(1, size.B * size.N // N)
-        fast = (
-            ("sdpa flash", "sdpa cudnn", "sdpa efficient")
-            if size.device.startswith("cuda")
-            else ("sdpa flash",)
-        )
         yield packed_case(B, N, 50, size.H, size.D // size.H, size.dtype, size.device, fast)
 
 
@@ -281,8 +278,20 @@ def sweep(device: str, tiny: bool) -> Iterator[Case]:
 def reach(key: config.Key, images: int, widest: bool) -> Case:
     """Return a case that the table's entry `key` serves: of a shape that models have, or the widest."""
     N, B = (577, images // 2) if key.length == "long" else (197, images)
+    return _reaching(key, B, N, widest)
+
+
+def timed(key: config.Key, images: int) -> list[Case]:
+    """Return the cases by which the entry `key` is judged: of many keys, several lengths, of about the same time."""
+    if key.length != "long":
+        return [reach(key, images, False)]
+    return [_reaching(key, max(1, images * 300**2 // N**2), N, False) for N in (247, 577, 1370)]
+
+
+def _reaching(key: config.Key, B: int, N: int, widest: bool) -> Case:
     d = key.head_dim if widest or key.head_dim == 64 else 80
     found = case(B, N, 50, 12, d, DTYPES[key.itemsize], "cuda")
+    found.contexts["fastprompt triton"] = partial(use_way, "resident" if key.length == "short" else "looped")
     if key.length == "one":
         draw = found.draw
         found.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
@@ -336,4 +345,6 @@ def _launches(
                 yield name, partial(kernels.backward, out, *inputs, out, lse, 0.125, [True] * 6)
 
 
-OPERATION = Operation("prompt_attention", cases, floors, reach, entries, variants, sweep=sweep)
+OPERATION = Operation(
+    "prompt_attention", cases, floors, reach, entries, variants, sweep=sweep, timed_cases=timed
+)

@@ -184,7 +184,7 @@ def _ways(run: _Run, shapes: Sequence[Shape]) -> None:
             run.say(f"attention {shape}: the time ended before it")
             continue
         try:
-            for result in attention.measure(shape, run.device):
+            for result in attention.measure(shape, run.device, 1 if run.dry else attention.ROUNDS):
                 run.keep(result)
                 run.say(_line(shape, result))
         except Exception as error:
@@ -252,6 +252,7 @@ def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
         run.end,
         pool,
         run.device,
+        1 if run.dry else search.ROUNDS,
     )
     best = search.fastest(found, before)
     times = {c.config: 1e3 * c.ms for c in found if c.ms is not None}

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from fastprompt.calibration import timing
@@ -47,6 +46,7 @@ def search(
     end: float,
     pool: Executor | None = None,
     device: str = "cuda",
+    rounds: int = ROUNDS,
 ) -> list[Candidate]:
     """Check every candidate for `key` until the time `end`, and time those that are right; the table is as before.
 
@@ -63,7 +63,7 @@ def search(
             right.append(config)
         else:
             found.append(Candidate(config, None, reason))
-    times = measured(module, key, right, make_steps(), device) if right else {}
+    times = measured(module, key, right, make_steps(), device, rounds) if right else {}
     return [*found, *(Candidate(config, times[i], "measured") for i, config in enumerate(right))]
 
 
@@ -98,7 +98,7 @@ def _made(make_checks: MakeChecks) -> Sequence[Check]:
     return make_checks()
 
 
-def fault(module: ModuleType, key: Key, config: Any, checks: Sequence[Check]) -> str | None:
+def fault(module: Any, key: Key, config: Any, checks: Sequence[Check]) -> str | None:
     """Return why `config` cannot serve `key`: too much shared memory, too many registers, or wrong; or None."""
     before = module.TABLE[key]
     module.override(key, config)
@@ -115,7 +115,12 @@ def fault(module: ModuleType, key: Key, config: Any, checks: Sequence[Check]) ->
 
 
 def measured(
-    module: ModuleType, key: Key, configs: Sequence[Any], steps: Sequence[timing.Step], device: str
+    module: Any,
+    key: Key,
+    configs: Sequence[Any],
+    steps: Sequence[timing.Step],
+    device: str,
+    rounds: int = ROUNDS,
 ) -> dict[int, float]:
     """Return the milliseconds of each of `configs` by its place; the table is as before afterwards."""
     before = module.TABLE[key]
@@ -129,7 +134,7 @@ def measured(
 
     programs = {str(i): [with_entry(config, step) for step in steps] for i, config in enumerate(configs)}
     try:
-        times = timing.interleaved(programs, ROUNDS, device, window=WINDOW)
+        times = timing.interleaved(programs, rounds, device, warm=False, window=WINDOW)
     finally:
         module.override(key, before)
     return {i: times[str(i)]["p50"] for i in range(len(configs))}

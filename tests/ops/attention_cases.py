@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import softmax_from_lse
+from bench.baselines import softmax_from_lse as softmax
 from fastprompt.ops import AttentionWeights
 
 
@@ -156,7 +156,7 @@ def concatenated(
     )
     if temperature is not None:
         logits = logits / temperature  # in float32, as PyTorch promotes
-    return torch.matmul(softmax_from_lse(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
+    return torch.matmul(softmax(logits).to(q.dtype), v.transpose(1, 2)).transpose(1, 2)
 
 
 def by_loops(

@@ -40,7 +40,7 @@ COMPILING = 25.0  # ... where torch may have to compile a case first
 # What is calibrated, the shapes that most users have first.
 CALIBRATED = (
     *("--models", "vit_base_patch16_224,vit_base_patch16_384,vit_small_patch16_224,vit_large_patch16_224"),
-    *("--batch", "128"),
+    *("--batch", "128", "--workers", str(max(1, min(12, (os.cpu_count() or 1) - 2)))),
 )
 
 
@@ -101,13 +101,22 @@ def stages(out: Path, work: Path, dry: bool, shards: int, ptxas: Path | None = N
     first, *others = cases.NAMES
     threads = str(max(1, (os.cpu_count() or 1) // 4))
     profile = out / "profile.json"
-    calibrate = [sys.executable, "-m", "fastprompt.cli", "calibrate", "--out", str(profile), *CALIBRATED]
+    calibrate = [sys.executable, "-m", "fastprompt.cli", "calibrate", "--out", str(profile)]
+    calibrate += dry_run or CALIBRATED
     return [
         [*numerics, *shares("precompile", 110, 3, TORCHINDUCTOR_COMPILE_THREADS=threads)],
         [part(first, 80)],
         *([part(name, 30)] for name in others),
         [part("compiled", 100, grace=COMPILING)],
-        [Part("calibrate", [*calibrate, *dry_run], 180, writes=False, stops_at="--time-limit")],
+        [
+            Part(
+                "calibrate",
+                [*calibrate, *(["--workers", "0", *dry_run] if dry else [])],
+                180,
+                writes=False,
+                stops_at="--time-limit",
+            )
+        ],
         [part("autocast", 120)],
         [part("compilers", 240, grace=COMPILING)],
         [part("small", 90, grace=COMPILING)],

@@ -24,6 +24,7 @@ from bench import gpu_models, gpu_report, numerics, ops
 from bench.cases import NAMES, load, prompt_attention
 from bench.gpu_records import Record, Settings, note, timed
 from fastprompt.calibration import timing
+from fastprompt.calibration.exact import is_lost
 from fastprompt.ops import profile
 
 
@@ -109,7 +110,8 @@ def _ran(name: str, step: timing.Step) -> Iterator[Record]:
             step()
         events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
         events.sort(key=lambda e: -e.self_device_time_total)
-        yield {"kind": "kernel", "name": name, "ran": [e.key[:120] for e in events[:4]]}
+        if events:
+            yield {"kind": "kernel", "name": name, "ran": [e.key[:120] for e in events[:4]]}
     except Exception as error:
         yield note(f"{name}: no profile: {ops.first_line(error)}")
 
@@ -140,35 +142,31 @@ PARTS: dict[str, Callable[[Settings], Iterable[Record]]] = {
 }
 
 
-# What torch and Triton say of an error that outlives the call.
-LOST = ("CUDA error", "Triton Error [CUDA]: an illegal", "Triton Error [CUDA]: unspecified launch failure")
-
-
 def until_the_device_is_lost(records: Iterable[Record]) -> Iterator[Record]:
     """Yield the records up to a CUDA error, after which nothing in the process works."""
     for record in records:
         yield record
-        text = record.get("detail", record.get("text", ""))
-        if any(sign in text for sign in LOST):
+        if is_lost(record.get("detail", record.get("text", ""))):
             yield note("after a CUDA error: the rest of this part was not run")
             return
 
 
 def run(name: str, settings: Settings, path: Path, label: str) -> int:
     """Run part `name`, append its records to `path`, print a summary; 1 if a check failed."""
-    good = bad = rows = 0
+    good = bad = rows = done = 0
     with path.open("a") as file:
         for record in until_the_device_is_lost(PARTS[name](settings)):
             file.write(json.dumps({"part": label, **record}) + "\n")
             file.flush()
             rows += record["kind"] == "row"
+            done += record["kind"] == "done"
             if record["kind"] == "check":
                 good, bad = good + record["ok"], bad + (not record["ok"])
                 if not record["ok"]:
                     print(f"FAILED {record['name']}: {record['detail']}", flush=True)
             elif record["kind"] == "note":
                 print(record["text"], flush=True)
-    counts = [f"{rows} rows"] if rows else []
+    counts = [f"{n} {what}" for n, what in ((rows, "rows"), (done, "comparisons done")) if n]
     counts += [f"{good} checks passed, {bad} failed"] if good or bad else []
     here = profile.machine()
     print(

@@ -153,7 +153,7 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
             before = table[key]
             tried = [before, *(c for c in module.candidates(key) if c != before)]
             try:
-                make = partial(checks_of, operation, key), partial(steps_of, operation, key)
+                make = search.Later(checks_of, (operation, key)), partial(steps_of, operation, key)
                 found = search.search(operation, key, tried, *make, end, pool, rounds=ROUNDS)
             except Exception as error:  # of the device: nothing works any more, but what was found is kept
                 print(f"{key}: {type(error).__name__}: {ops.first_line(error)}; the search ends here")

@@ -17,7 +17,7 @@ import torch
 
 from fastprompt.calibration import attention, search, tiles, timing
 from fastprompt.calibration.attention import Shape
-from fastprompt.calibration.exact import first_line
+from fastprompt.calibration.exact import first_line, is_lost
 from fastprompt.calibration.tiles import Work
 from fastprompt.ops import dispatch, profile
 from fastprompt.ops.profile_file import DTYPES, Measurement, Profile, ProfileError, Tile, read, tables, write
@@ -26,6 +26,7 @@ SIZES = ("small", "base", "large")
 MODELS = tuple(f"vit_{size}_patch16_{pixels}" for pixels in (224, 384) for size in SIZES)
 PROMPTS = (50, 10, 100, 0)
 BATCH = 64
+LOST = "`calibrate`: the GPU cannot be used after this error; what was found before it is kept"
 SECONDS = 600.0
 
 
@@ -85,7 +86,7 @@ def calibrate(
         The profile.
 
     Raises:
-        RuntimeError: there is no GPU, and this is no dry run.
+        RuntimeError: there is no GPU, and this is no dry run; or a kernel has crashed and nothing works after it.
         ValueError: a model, a number or a dtype is none.
     """
     if not dry_run and not torch.cuda.is_available():
@@ -108,7 +109,7 @@ def calibrate(
         else max(1, min(4, (os.cpu_count() or 1) - 1)),
     )
     say(", ".join(f"{name} {value}" for name, value in run.found.machine.items()))
-    with torch.random.fork_rng(devices=None if run.device == "cuda" else []):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if run.device == "cuda" else []):
         torch.manual_seed(0)
         _ways(run, shapes)
         _tiles(run, shapes)
@@ -189,6 +190,8 @@ def _ways(run: _Run, shapes: Sequence[Shape]) -> None:
                 run.say(_line(shape, result))
         except Exception as error:
             run.say(f"attention {shape}: {first_line(error)}")
+            if is_lost(error):
+                raise RuntimeError(LOST) from error
             if run.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -233,6 +236,8 @@ def _tiles(run: _Run, shapes: Sequence[Shape]) -> None:
                 continue
             except Exception as error:
                 run.say(f"{work}: {first_line(error)}")
+                if is_lost(error):
+                    raise RuntimeError(LOST) from error
 
 
 def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
@@ -247,7 +252,7 @@ def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
         work.operation,
         key,
         candidates[:2] if run.dry else candidates,
-        partial(_checks, work, run.device),
+        search.Later(_checks, (work, run.device)),
         partial(_steps, work, run.device, key.kernel != "fwd"),
         run.end,
         pool,
@@ -279,7 +284,7 @@ def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
 
 def _checks(work: Work, device: str) -> list[search.Check]:
     torch.manual_seed(0)
-    return [partial(work.check, device)]
+    return [partial(work.check, work.trial(device))]
 
 
 def _steps(work: Work, device: str, backward: bool) -> list[timing.Step]:

@@ -138,6 +138,15 @@ def _outputs(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else [x for x in out if x is not None]
 
 
+# What torch and Triton say of an error that outlives the call.
+_LOST = ("CUDA error", "Triton Error [CUDA]: an illegal", "Triton Error [CUDA]: unspecified launch failure")
+
+
+def is_lost(error: BaseException | str) -> bool:
+    """Return whether nothing works on the device in this process after `error`, or after an error with this text."""
+    return any(sign in str(error) for sign in _LOST)
+
+
 def first_line(error: BaseException) -> str:
     """Return the kind and the first line of an error, cut to a length that fits a table."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

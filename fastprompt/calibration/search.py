@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastprompt.calibration import timing
@@ -25,8 +26,19 @@ MARGIN = 0.98
 
 Key = Any  # a named tuple with `architecture` and `kernel`
 Check = Callable[[], Any]  # raises if the entry in the table is wrong
-# Makes the checks of an entry. It is pickled for the other processes, which call it once for all candidates.
+# Makes the checks of an entry: for other processes a :class:`Later`, for which they call it once for all candidates.
 MakeChecks = Callable[[], Sequence[Check]]
+
+
+@dataclass(frozen=True)
+class Later:
+    """A call that another process makes, once for all that asks for the same."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> Any:
+        return self.function(*self.arguments)
 
 
 class Candidate(NamedTuple):

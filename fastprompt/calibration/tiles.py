@@ -45,10 +45,10 @@ class Work:
         """Return the call with random inputs."""
         return CALLS[self.operation](self, device)
 
-    def check(self, device: str) -> float:
-        """Return the error of forward and backward; raises if they are wrong or cannot run."""
+    def check(self, trial: Trial) -> float:
+        """Return the error of forward and backward of a :meth:`trial`; raises if they are wrong or cannot run."""
         with use_way(self.way):
-            return self.trial(device).check(backward_in=partial(use_way, self.way))
+            return trial.check(backward_in=partial(use_way, self.way))
 
     def step(self, device: str, backward: bool) -> timing.Step:
         """Return the forward, or forward and backward, on new inputs."""

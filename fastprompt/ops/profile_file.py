@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pkgutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -84,15 +83,12 @@ class ProfileError(ValueError):
 def write(profile: Profile, file: Path) -> None:
     """Write `profile` to `file` at once or not at all, and make its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as draft:
-        try:
-            json.dump({"format": FORMAT, **asdict(profile)}, draft, indent=1)
-            draft.write("\n")
-            draft.close()
-            os.replace(draft.name, file)
-        except BaseException:
-            Path(draft.name).unlink(missing_ok=True)
-            raise
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps({"format": FORMAT, **asdict(profile)}, indent=1) + "\n", encoding="utf-8")
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read(file: Path) -> Profile:

@@ -98,6 +98,14 @@ def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attenti
 # The other operations -----------------------------------------------------------------------------------------------
 
 
+def residual(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return the residual add x + delta [B, N, D], and the LayerNorm that follows, cast for the next Linear."""
+    y = x + delta
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps).to(delta.dtype)
+
+
 def blend(
     x: Tensor,
     delta: Tensor,

@@ -6,12 +6,12 @@ An adapter has no state: it reads the module's weights at each call, so `.to()`,
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionRope, GluMlp, Mlp, SwiGLU, apply_rot_embed_cat
+from timm.layers import AttentionRope, DropPath, GluMlp, LayerScale, Mlp, SwiGLU, apply_rot_embed_cat
 from timm.layers.attention import Attention
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, ResPostBlock
@@ -165,6 +165,12 @@ class EvaAttentionAdapter(RopeAttentionAdapter):
         return weight, bias
 
 
+class PlainAdd(NamedTuple):
+    """A branch that is added to the residual stream times a frozen `scale` [D], None for 1, and nothing else."""
+
+    scale: Tensor | None
+
+
 class BlockAdapter:
     """timm's `Block`: x + drop_path1(ls1(attn(norm1(x)))), then the same around the MLP."""
 
@@ -192,6 +198,20 @@ class BlockAdapter:
     def add_mlp(self, block: TimmBlock, x: Tensor, out: Tensor) -> Tensor:
         return x + self.mlp_delta(block, out)
 
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        """Return how branch 1 (attention) or 2 (MLP) is added if that is plain: no drop path, no hooks; else None."""
+        module = (block.ls1, block.ls2)[branch - 1]
+        if type(module) not in (nn.Identity, LayerScale) or watched(module):
+            return None
+        return self._plain_add(block, branch, getattr(module, "gamma", None))
+
+    def _plain_add(self, block: Any, branch: int, scale: Tensor | None) -> PlainAdd | None:
+        drop = (block.drop_path1, block.drop_path2)[branch - 1]
+        drops = type(drop) is not nn.Identity and not (type(drop) is DropPath and not drop.training)
+        if drops or watched(drop) or (scale is not None and scale.requires_grad):
+            return None
+        return PlainAdd(scale)
+
     def mean_commutes(self, block: TimmBlock) -> bool:
         """Return whether a mean over rows may be taken before `fc2` and the residual add."""
         mlp = block.mlp
@@ -213,6 +233,9 @@ class ResPostBlockAdapter(BlockAdapter):
     def mlp_delta(self, block: TimmBlock, out: Tensor) -> Tensor:
         return block.drop_path2(block.norm2(out))
 
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        return None  # a norm is in the place of layer scale
+
     def mean_commutes(self, block: TimmBlock) -> bool:
         return False  # norm2 normalises each row of the MLP's output
 
@@ -225,6 +248,9 @@ class EvaBlockAdapter(BlockAdapter):
 
     def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
+
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        return self._plain_add(block, branch, (block.gamma_1, block.gamma_2)[branch - 1])
 
 
 ATTENTION: dict[type, AttentionAdapter] = {
@@ -369,6 +395,17 @@ def _rotate(attn: Any, t: Tensor, like: Tensor, rope: Tensor | None, extra_prefi
     rotated = apply_rot_embed_cat(heads_first[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
     joined = torch.cat([heads_first[:, :, :prefix], rotated], dim=2).type_as(like)
     return rearrange(joined, "B H N d -> B N H d")
+
+
+def watched(module: nn.Module) -> bool:
+    """Return whether hooks see the calls of `module`."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(hooks)
 
 
 def _plain(module: object) -> bool:

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": {"vit", "ops"},
     "backbone": {"blocks", "vit", "refusals", "config", "ops"},
     "methods": {"backbone", "blocks", "vit", "refusals", "config", "ops"},
-    "model": {"methods", "backbone", "config"},
+    "model": {"methods", "backbone", "blocks", "config"},
     "checkpoint": {"model", "config", "vit"},
     "encoder": {"model"},
     "viz": {"model", "methods", "backbone", "blocks", "vit", "ops"},

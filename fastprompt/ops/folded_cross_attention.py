@@ -59,8 +59,8 @@ def folded_cross_attention(
         backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. The norm acts on y rounded to its
-        dtype and computes in float32 or better.
+        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. Under autocast the products and
+        LayerNorm(y) have its dtype. The norm acts on y rounded to its dtype and computes in float32 or better.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
@@ -86,7 +86,7 @@ def folded_cross_attention_reference(
         y = torch.einsum("bnhp,hpd->bnd", logits.softmax(-1), value)
         y = y if folded.out_bias is None else y + folded.out_bias.to(wide)
         y = (x.to(wide) + y if residual else y).to(x.dtype)
-        return y, None if norm is None else layer_norm_reference(y, norm)
+        return y, None if norm is None else layer_norm_reference(y, norm, folded.key.dtype)
 
 
 def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) -> None:
@@ -114,8 +114,8 @@ def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) 
 
 
 # The operator. `x` may have a wider dtype than the folded prompts (the residual stream under autocast): products run in
-# theirs. `y` has theirs too, or with `residual` the wider of both. `weights` [B, N, H, P] is the softmax, for the
-# backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
+# theirs, which `normed` has too. `y` has theirs, or with `residual` the wider of both. `weights` [B, N, H, P] is the
+# softmax, for the backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean`, `rstd` [B, N] are empty.
 
 
 def _out_dtype(x: Tensor, key: Tensor, residual: bool) -> torch.dtype:
@@ -137,7 +137,7 @@ def _fake(
 ) -> _Forward:
     B, N, _ = x.shape
     y = x.new_empty((B, N, value.shape[2]), dtype=_out_dtype(x, key, residual))
-    return y, key.new_empty((B, N, *key.shape[:2]) if keep else 0), *empty_norm(y, eps)
+    return y, key.new_empty((B, N, *key.shape[:2]) if keep else 0), *empty_norm(y, key.dtype, eps)
 
 
 def _fake_backward(
@@ -187,7 +187,7 @@ _OPERATOR = define_operator(
     flops=_flops,
 )
 # `needs`: which of dx, d(key), d(bias), d(value), d(out_bias) are needed; the others are empty, and input tensors that
-# are not needed are None. `gated_blend_backward` computes the norm's gradient first.
+# are not needed are None. `residual_norm_backward` computes the norm's gradient first.
 _BACKWARD = define_operator(
     "folded_cross_attention_backward(Tensor grad, Tensor? x, Tensor? key, Tensor? value, Tensor? weights, "
     "bool residual, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -200,7 +200,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
     x, key, bias, value, out_bias, residual, norm_weight, _norm_bias, eps, keep, backend = inputs
     y, weights, normed, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.residual, ctx.backend = residual, backend
+    ctx.residual, ctx.backend, ctx.wide = residual, backend, y.dtype
     ctx.dtypes = [x.dtype, key.dtype, bias.dtype, value.dtype, None if out_bias is None else out_bias.dtype]
     needs = ctx.needs_input_grad
     if any(needs[:5]) and not keep:
@@ -229,8 +229,8 @@ def _backward(
     saved = ctx.saved_tensors
     grad = grad_y
     if grad_normed is not None:
-        grad, _d_prompt, _d_gate = torch.ops.fastprompt.gated_blend_backward(
-            grad_y, grad_normed, *saved[4:], None, None, 0, 0, [True, False, False], ctx.backend
+        grad, _d_delta = torch.ops.fastprompt.residual_norm_backward(
+            grad_y, grad_normed, *saved[4:], None, ctx.wide, [True, False], ctx.backend
         )
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     found = torch.ops.fastprompt.folded_cross_attention_backward(
@@ -297,7 +297,7 @@ def _forward_eager(
         out = hidden @ values + rows if residual else hidden @ values
     y = out.view(B, N, value.shape[2])
     kept = weights.view(B, N, H, P) if keep else key.new_empty(0)
-    return y, kept, *layer_norm(y, norm_weight, norm_bias, eps)
+    return y, kept, *layer_norm(y, key.dtype, norm_weight, norm_bias, eps)
 
 
 def _backward_eager(

@@ -83,6 +83,7 @@ CHOICES: dict[str, Any] = {
     "prompt_attention": lambda key, shape: (
         *(shape["d"], 1 if key.length == "one" else shape["N"], shape["N"] + shape["P"], key.itemsize),
     ),
+    "residual_norm": lambda key, shape: (shape["D"],),
     "gated_blend": lambda key, shape: (shape["D"], key.norm),
     "folded_cross_attention": lambda key, shape: (
         *(tune.config_of("folded_cross_attention").split(shape["H"], shape["P"]).total, key.itemsize),

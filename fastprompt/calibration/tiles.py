@@ -25,6 +25,7 @@ from fastprompt.ops.norm import Norm
 from fastprompt.ops.packed_prompt_attention import packed_prompt_attention
 from fastprompt.ops.profile_file import DTYPES, tables
 from fastprompt.ops.prompt_attention import prompt_attention_reference
+from fastprompt.ops.residual_norm import residual_norm, residual_norm_reference
 from fastprompt.ops.row_attention import folded_row_attention, folded_row_attention_reference
 
 EPS = 1e-6
@@ -91,6 +92,21 @@ def _blend(work: Work, device: str) -> Trial:
     return Trial(run, plain, reference, inputs, ("weight", "bias"), ("x", "delta", "prompt_in"))
 
 
+def _residual(work: Work, device: str) -> Trial:
+    shape = work.shape
+    B, N, D = shape.batch, shape.tokens + shape.prompts, shape.heads * shape.head_dim
+    dtype = DTYPES[shape.dtype]
+    inputs: Inputs = {n: _randn(B, N, D, dtype=dtype, device=device) for n in ("x", "delta")}
+    inputs |= {n: _randn(D, dtype=dtype, device=device) for n in ("weight", "bias")}
+
+    def call(function: Callable[..., Any], x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return function(x, delta, None, Norm(weight, bias, EPS))
+
+    triton, eager = (partial(residual_norm, backend=backend) for backend in ("triton", "eager"))
+    run, plain, reference = (partial(call, f) for f in (triton, eager, residual_norm_reference))
+    return Trial(run, plain, reference, inputs, ("weight", "bias"), ("x", "delta"))
+
+
 def _folded(work: Work, device: str) -> Trial:
     shape = work.shape
     B, N, P, H, D = shape.batch, shape.tokens, shape.prompts, shape.heads, shape.heads * shape.head_dim
@@ -131,6 +147,7 @@ def _randn(*sizes: int, device: str, dtype: torch.dtype = torch.float32) -> Tens
 
 CALLS: dict[str, Callable[[Work, str], Trial]] = {
     "prompt_attention": _attention,
+    "residual_norm": _residual,
     "gated_blend": _blend,
     "folded_cross_attention": _folded,
     "row_attention": _row,

@@ -88,7 +88,8 @@ def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
     if better is None or "HMMA" not in machine.matrix or better in machine.matrix:
         return None
     resident = arch == 90 and "KEYS" in found.constants  # its products are tall in keys
-    small = found.constants.get("BLOCK_M", 64) < 64 and not resident
+    few_prompts = found.constants.get("BLOCK_P", 64) < 64
+    small = (found.constants.get("BLOCK_M", 64) < 64 or few_prompts) and not resident
     return None if small else f"HMMA instead of {better}"
 
 

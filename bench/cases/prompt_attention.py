@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines
+from bench.cases import prompt_segment
 from bench.ops import DTYPES, Case, Compilation, Context, Function, Inputs, Operation, Size, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
@@ -309,18 +310,20 @@ BACKWARD_VARIANTS = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
 def entries() -> Iterator[Compilation]:
-    """Yield a launch for each entry of the table in each dtype, with a temperature."""
+    """Yield a launch for each entry of the tables in each dtype, with a temperature."""
     for dtype in (BF16, FP16, FP32):
         yield from _launches(FORWARD_ENTRIES, BACKWARD_ENTRIES, dtype)
+    yield from prompt_segment.entries()
 
 
 def variants() -> Iterator[Compilation]:
-    """Yield the other shapes in bfloat16; the last for prompts that alone train, without a temperature."""
+    """Yield the other shapes in bfloat16, and prompts that alone train, without a temperature."""
     yield from _launches(FORWARD_VARIANTS, BACKWARD_VARIANTS, BF16)
     ((_, backward),) = _launches((), [(197, 197, 64)], BF16)
     out, q, k, v, prompt_k, prompt_v, _, *rest, _ = backward.args
     no_keys = (out, q, k[:, :0], v[:, :0], prompt_k, prompt_v, None, *rest)
     yield "bfloat16 197x0+10 d64", partial(backward.func, *no_keys, [False, False, False, True, True, False])
+    yield from prompt_segment.variants()
 
 
 def _launches(

@@ -118,6 +118,9 @@ _request: str = os.environ.get("FASTPROMPT_ATTENTION", AUTO).strip().lower() or 
 
 @functools.lru_cache(maxsize=1024)
 def _defaults_with_triton(call: Call) -> tuple[Way, ...]:
+    if call.prompts == 0 and not call.temperature:
+        # There is nothing to join: PyTorch's own attention as it stands, the best kernel of that card.
+        return ("joined", "resident", "looped", "split")
     if call.capability is None:
         # Triton's interpreter, which checks the kernels: the kernels that hold whole calls first.
         return ("resident", "looped", "split", "joined")
@@ -126,9 +129,6 @@ def _defaults_with_triton(call: Call) -> tuple[Way, ...]:
     if call.only_prompts:
         # Output and log-sum-exp are those of all keys, so the prompts' part alone gives the prompts' gradients.
         return ("split", "looped", "joined")
-    if call.prompts == 0 and not call.temperature:
-        # There is nothing to join: PyTorch's own attention as it stands, the best kernel of that card.
-        return ("joined", "resident", "looped", "split")
     if call.queries <= FEW_QUERIES:
         # Bound by one read of the keys. A vendor's tile of 64 or 128 rows is nearly all padding, and the prompts' part
         # would be a second launch of a few microseconds of work.

@@ -118,9 +118,8 @@ def gradients(
         The six gradients, None where not needed; in the inputs' dtype or the accumulation dtype, any strides.
     """
     if inputs.q.device.type == "cpu" and out.dtype != lse.dtype:
-        inputs, grad = inputs.to(lse.dtype), grad.to(lse.dtype)
-        # d(temperature) multiplies the rounding of the output by the scores, so it needs one that was not rounded.
-        out = forward(way, inputs)[0] if needs[5] else out.to(lse.dtype)
+        # The CPU's kernel is slower in low precision.
+        inputs, grad, out = inputs.to(lse.dtype), grad.to(lse.dtype), out.to(lse.dtype)
     q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale = inputs
     prompts = (prompt_k, prompt_v, temperature, prompt_index)
     if prompt_k is not None and not needs_image_keys(needs):

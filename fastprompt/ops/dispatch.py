@@ -101,7 +101,14 @@ class BackendTable(tuple[Backend, ...]):
     def __str__(self) -> str:
         rows = [(b.name, "yes" if b.available else "no", b.reason or ", ".join(b.operations)) for b in self]
         lines = ["backend  available  operations, or why not", *(f"{n:<8} {a:<10} {w}" for n, a, w in rows)]
-        return "\n".join([*lines, *(trust.report() if self[0].available else [])])
+        return "\n".join([*lines, *trust.report(), *_faults_of_tools()])
+
+
+def _faults_of_tools() -> list[str]:
+    if why_no_triton() is not None or not torch.cuda.is_available():
+        return []
+    fault = _import_triton("launch").assembler_fault(torch.device("cuda", torch.cuda.current_device()))
+    return [] if fault is None else [f"Warning: {fault}"]
 
 
 def backends() -> BackendTable:

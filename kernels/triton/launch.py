@@ -219,19 +219,24 @@ def assembler_version(device: torch.device) -> str | None:
         return None
 
 
-@functools.cache
-def warn_of_assembler_once(device: torch.device) -> None:
-    """Warn if Triton assembles kernels for `device` with a ptxas that is known to be faulty there."""
+def assembler_fault(device: torch.device) -> str | None:
+    """Return what is known to be wrong with the ptxas that Triton uses for `device`, with the remedy, or None."""
     if INTERPRETED or torch.cuda.get_device_capability(device)[0] != 9:
-        return
+        return None
     version = assembler_version(device)
     if version is None or tuple(int(n) for n in version.split(".")) >= FIRST_SOUND_PTXAS:
-        return
-    warnings.warn(
+        return None
+    return (
         f"triton {triton.__version__} assembles kernels for {torch.cuda.get_device_name(device)} with ptxas {version}, "
-        "which can make wrong code for compute capability 9.0 (it may reuse the input registers of asynchronous matrix "
-        "products too early). fastprompt checks each kernel on first use. Use ptxas 13.1 or newer: set "
-        "TRITON_PTXAS_PATH to it, or install triton 3.9 or newer",
-        RuntimeWarning,
-        stacklevel=2,
+        "which can make wrong code for compute capability 9.0: it may reuse the input registers of asynchronous matrix "
+        "products too early. Each kernel is checked on first use; better use ptxas 13.1 or newer: set "
+        "TRITON_PTXAS_PATH to it, or install triton 3.9 or newer"
     )
+
+
+@functools.cache
+def warn_of_assembler_once(device: torch.device) -> None:
+    """Warn of :func:`assembler_fault`, if there is one."""
+    fault = assembler_fault(device)
+    if fault is not None:
+        warnings.warn(fault, RuntimeWarning, stacklevel=2)

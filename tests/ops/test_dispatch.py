@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastprompt
+from fastprompt.kernels import identities
 from fastprompt.ops import dispatch, gated_blend, packed_prompt_attention, prompt_attention
 
 
@@ -44,6 +45,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
         empty = dispatch.Backend(name, lambda: "no kernels")
         monkeypatch.setitem(dispatch._backends, name, empty)
     monkeypatch.setattr(dispatch, "_request", "auto")
+    monkeypatch.setattr(identities, "known", {})
 
     def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:
         recorder = Recorder(operation, reason)
@@ -221,21 +223,8 @@ def test_auto_leaves_what_is_not_automatic_to_those_who_name_it(registry: Any) -
     dispatch._backends["triton"].kernels["prompt_attention"].automatic = False
     attend()
     assert triton.calls == 0
-    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1))
     prompt_attention(**draw(Shape(), torch.float32), backend="triton")
     assert triton.calls == 1
-
-
-def test_auto_is_eager_for_tensors_that_no_other_backend_supports(registry: Any) -> None:
-    q = torch.empty(1, 2, 3, 4)
-    assert dispatch.auto_is_eager("prompt_attention", q)
-    registry("cuda", "prompt_attention", missing="no CUDA device")
-    assert dispatch.auto_is_eager("prompt_attention", q)
-    kernel = registry("triton", "prompt_attention")
-    kernel.can_run = lambda q: None if q.shape[-1] <= 128 else "too wide"
-    dispatch.register("prompt_attention", "triton", kernel.run, kernel.can_run)
-    assert not dispatch.auto_is_eager("prompt_attention", q)
-    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1, 2, 3, 129))
 
 
 def test_attention_without_prompts_that_no_kernel_supports_is_pytorchs_own(registry: Any) -> None:

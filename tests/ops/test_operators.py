@@ -342,7 +342,9 @@ def test_exports_with_a_dynamic_batch(form: Form) -> None:
     batch = torch.export.Dim("batch", min=2)
     dynamic = {name: {0: batch} if name in batched else None for name in inputs}
     program = torch.export.export(Module(), (inputs,), dynamic_shapes=(dynamic,))
-    assert f"fastprompt.{form.operation}" in str(program.graph)
+    # Attention is exported as PyTorch's own, which runs where fastprompt is not installed.
+    own = form.function not in (prompt_attention, packed_prompt_attention)
+    assert ("fastprompt." in str(program.graph)) == own
     others = {name: others[name] if name in batched else x for name, x in inputs.items()}
     assert_same(program.module()(others), form.function(**others))
 

@@ -325,6 +325,13 @@ def test_an_old_assembler_is_reported_once_on_hopper(monkeypatch: pytest.MonkeyP
     launch.warn_of_assembler_once.cache_clear()
 
 
+def test_the_table_of_backends_warns_of_an_old_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "assembler_fault", lambda device: f"an old ptxas for {device}")
+    assert str(fastprompt.backends()).endswith("\nWarning: an old ptxas for cuda:0")
+
+
 def test_the_version_of_the_assembler_is_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     version = launch.assembler_version(torch.device("cuda", 0))

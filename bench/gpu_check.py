@@ -95,9 +95,9 @@ def stages(out: Path, work: Path, dry: bool, shards: int, ptxas: Path | None = N
         return [part(f"{name}-{i}", seconds, "--shard", f"{i}/{count}", **variables) for i in range(count)]
 
     # A kernel is checked by these parts themselves: what is wrong must show, not be replaced.
-    numerics = shares("numerics", 75, shards, FASTPROMPT_CHECK="never")
+    numerics = shares("numerics", 100, shards, FASTPROMPT_CHECK="never")
     if ptxas is not None:
-        numerics += shares("ptxas", 75, shards, FASTPROMPT_CHECK="never", TRITON_PTXAS_PATH=str(ptxas))
+        numerics += shares("ptxas", 100, shards, FASTPROMPT_CHECK="never", TRITON_PTXAS_PATH=str(ptxas))
     first, *others = cases.NAMES
     threads = str(max(1, (os.cpu_count() or 1) // 4))
     profile = out / "profile.json"

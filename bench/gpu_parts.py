@@ -25,6 +25,7 @@ from bench.cases import NAMES, load, prompt_attention
 from bench.gpu_records import Record, Settings, note, timed
 from fastprompt.calibration import timing
 from fastprompt.calibration.exact import is_lost
+from fastprompt.kernels.identities import Refused
 from fastprompt.ops import profile
 
 
@@ -57,6 +58,8 @@ def modes_part(settings: Settings) -> Iterator[Record]:
 def _check(name: str, check: Callable[[], str]) -> Record:
     try:
         return {"kind": "check", "name": name, "ok": True, "detail": check()}
+    except Refused as error:  # a kernel that does not compile, or does not fit
+        return _failed(name, error)
     except NotImplementedError as error:  # a backend that says why it does not support the call
         return note(f"{name.rpartition(': ')[0]}: {ops.first_line(error)}")
     except Exception as error:

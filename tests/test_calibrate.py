@@ -22,7 +22,7 @@ from fastprompt.calibration.tiles import Work
 from fastprompt.kernels.triton import launch
 from fastprompt.ops import attention_choice, dispatch, profile
 from fastprompt.ops.attention_choice import WAYS
-from fastprompt.ops.profile_file import Profile, read, write
+from fastprompt.ops.profile_file import Profile, read, tables, write
 
 SHAPE = Shape(5, 2, 16, 3, 2, "float32", temperature=True)
 
@@ -186,28 +186,19 @@ def test_the_fastest_must_win_by_more_than_noise() -> None:
     assert search.fastest(found(old=None), "old") == "old"
 
 
-@pytest.mark.parametrize("operation", tiles.CALLS)
-def test_the_entries_that_a_call_reads_are_found_on_the_way(
-    operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both directions; here by the fallback, which asks the table of the interpreter by hand."""
-    module = dict(profile_tables())[operation]
-    before = module.TABLE
-    first, second = list(before)[:2]
+def test_the_entries_that_a_call_reads_are_found_in_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: dict[str, Any] = dict(tables())
+    before = {name: module.TABLE for name, module in modules.items()}
+    keys = {name: list(module.TABLE)[:2] for name, module in modules.items()}
+    order = [(name, keys[name][i]) for i in (1, 0, 1) for name in ("prompt_attention", "gated_blend")]
 
     def step(self: Work, device: str, backward: bool) -> Callable[[], None]:
         assert backward
-        return lambda: [module.TABLE[key] for key in (second, first, second)] and None
+        return lambda: [modules[name].TABLE[key] for name, key in order] and None
 
     monkeypatch.setattr(Work, "step", step)
-    assert tiles.entries(Work(operation, SHAPE), "cpu") == [second, first]
-    assert module.TABLE is before
-
-
-def profile_tables() -> Iterator[tuple[str, Any]]:
-    from fastprompt.ops.profile_file import tables
-
-    return tables()
+    assert tiles.entries(Work("prompt_attention", SHAPE), "cpu") == list(dict.fromkeys(order))
+    assert all(module.TABLE is before[name] for name, module in modules.items())
 
 
 @pytest.mark.parametrize("operation", tiles.CALLS)
@@ -407,6 +398,6 @@ def test_the_command_hands_its_options_on_and_shows_the_profile(
 def test_a_dry_run_searches_the_tables_by_the_interpreter(tmp_path: Path) -> None:
     found, lines = run(tmp_path / "p.json")
     searched = [line.split()[0] for line in lines if "timed," in line]
-    assert set(searched) == set(tiles.CALLS)
+    assert set(searched) == {name for name, _ in tables()}
     assert [line for line in lines if " refused" in line and "; 2 timed, 0 refused" not in line] == []
     assert read(tmp_path / "p.json") == found

@@ -208,7 +208,7 @@ def _line(shape: Shape, result: Measurement) -> str:
 
 def _works(shapes: Sequence[Shape]) -> Iterator[Work]:
     """Yield the calls of Triton's kernels in blocks of these shapes, the most important first."""
-    for way in ("resident", "looped"):
+    for way in ("resident", "split", "looped"):
         yield from (Work("prompt_attention", shape, way) for shape in shapes)
     for operation in tiles.CALLS:
         if operation != "prompt_attention":
@@ -230,8 +230,8 @@ def _tiles(run: _Run, shapes: Sequence[Shape]) -> None:
                 run.say("tile sizes: the time ended before the rest")
                 return
             try:
-                for key in tiles.entries(work, run.device):
-                    _entry(run, work, key, pool)
+                for operation, key in tiles.entries(work, run.device):
+                    _entry(run, work, operation, key, pool)
             except NotImplementedError:  # no kernel is meant for this shape
                 continue
             except Exception as error:
@@ -240,16 +240,16 @@ def _tiles(run: _Run, shapes: Sequence[Shape]) -> None:
                     raise RuntimeError(LOST) from error
 
 
-def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
-    """Search one entry, if no call before has reached it."""
-    if (work.operation, key) in run.tried:
+def _entry(run: _Run, work: Work, operation: str, key: Any, pool: Executor | None) -> None:
+    """Search one entry of the table of `operation` by a call that reads it, if no call before has."""
+    if (operation, key) in run.tried:
         return
-    run.tried.add((work.operation, key))
-    module = dict(tables())[work.operation]
+    run.tried.add((operation, key))
+    module = dict(tables())[operation]
     before = module.TABLE[key]
     candidates = [before, *(c for c in module.candidates(key) if c != before)]
     found = search.search(
-        work.operation,
+        operation,
         key,
         candidates[:2] if run.dry else candidates,
         search.Later(_checks, (work, run.device)),
@@ -262,7 +262,7 @@ def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
     best = search.fastest(found, before)
     times = {c.config: 1e3 * c.ms for c in found if c.ms is not None}
     refused = [c for c in found if c.ms is None]
-    text = f"{work.operation} {_short(key)}: "
+    text = f"{operation} {_short(key)}: "
     if before not in times:
         fault = next(c.reason for c in found if c.config == before)
         text += f"{_short(before)}: {fault}; "
@@ -274,7 +274,7 @@ def _entry(run: _Run, work: Work, key: Any, pool: Executor | None) -> None:
     if best in times and best != before:
         run.keep(
             Tile(
-                work.operation,
+                operation,
                 key._asdict(),
                 asdict(best),
                 round(times[best], 2),

@@ -157,27 +157,34 @@ CALLS: dict[str, Callable[[Work, str], Trial]] = {
 # Which entries a call reads -----------------------------------------------------------------------------------------
 
 
-def entries(work: Work, device: str) -> list[Any]:
-    """Return the keys of the operation's table that forward and backward of `work` read."""
-    with reads(work.operation) as keys:
-        work.step(device, backward=True)()
-    return list(keys)
+def entries(work: Work, device: str) -> list[tuple[str, Any]]:
+    """Return the tables' entries that forward and backward of `work` read: the table's name and the key."""
+    step = work.step(device, backward=True)
+    with reads() as found:
+        step()
+    return list(found)
 
 
 @contextmanager
-def reads(operation: str) -> Iterator[dict[Any, None]]:
-    """Yield the keys of the operation's table that are read inside, in order."""
-    module: Any = dict(tables())[operation]
-    keys: dict[Any, None] = {}
+def reads() -> Iterator[dict[tuple[str, Any], None]]:
+    """Yield the entries of all tables that are read inside, in order."""
+    found: dict[tuple[str, Any], None] = {}
 
     class Watched(dict[Any, Any]):
+        def __init__(self, name: str, entries: dict[Any, Any]) -> None:
+            super().__init__(entries)
+            self.name = name
+
         def __getitem__(self, key: Any) -> Any:
-            keys[key] = None
+            found[self.name, key] = None
             return super().__getitem__(key)
 
-    before = module.TABLE
-    module.TABLE = Watched(before)
+    modules: list[tuple[str, Any]] = list(tables())
+    before = [module.TABLE for _, module in modules]
+    for name, module in modules:
+        module.TABLE = Watched(name, module.TABLE)
     try:
-        yield keys
+        yield found
     finally:
-        module.TABLE = before
+        for (_, module), table in zip(modules, before, strict=True):
+            module.TABLE = table

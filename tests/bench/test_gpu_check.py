@@ -17,6 +17,7 @@ import torch
 
 from bench import cases, gpu_check, gpu_clock, gpu_parts, gpu_records, gpu_report, measure, numerics, ops
 from bench.cases import prompt_attention
+from fastprompt.kernels.identities import Refused
 from fastprompt.ops import attention_choice, profile
 
 
@@ -240,6 +241,18 @@ def test_a_backend_that_says_why_it_does_not_support_a_call_is_noted(monkeypatch
     (found,) = sweep_of(case, monkeypatch)
     assert found["kind"] == "note"
     assert found["text"].endswith(": head_dim 8 is too small")
+
+
+def test_a_kernel_that_cannot_be_launched_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = prompt_attention.case(1, 3, 0, 1, 8, torch.float32, "cpu")
+
+    def refuse(**inputs: Any) -> Any:
+        raise Refused("it cannot be launched: out of resource: shared memory")
+
+    case.ours = {"fastprompt triton": refuse}
+    (found,) = sweep_of(case, monkeypatch)
+    assert not found["ok"]
+    assert "shared memory" in found["detail"]
 
 
 def test_the_sweep_reports_a_wrong_kernel_and_one_whose_results_vary(monkeypatch: pytest.MonkeyPatch) -> None:

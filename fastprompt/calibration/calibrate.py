@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -270,7 +271,9 @@ def _entry(run: _Run, work: Work, operation: str, key: Any, pool: Executor | Non
         text += f"{_short(best)} {times[best]:.1f} us"
     if best != before and before in times:
         text += f", was {_short(before)} {times[before]:.1f} us"
-    run.say(f"{text}; {len(times)} timed, {len(refused)} refused")
+    reasons = Counter(c.reason for c in refused).most_common(3)
+    text += f"; {len(times)} timed, {len(refused)} refused"
+    run.say(text + "".join(f"; {count} x {reason}" for reason, count in reasons))
     if best in times and best != before:
         run.keep(
             Tile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.cases import NAMES
+from fastprompt.calibration import tiles
+from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention_config as config
 from fastprompt.ops import attention_choice, packed_prompt_attention, profile
 from fastprompt.ops.attention_choice import Call
@@ -272,6 +276,39 @@ def test_every_table_can_be_overridden_and_its_own_entries_are_accepted() -> Non
         module.override(key, other)
         assert module.TABLE[key] == other
         module.override(key, before)
+
+
+class Recorder:
+    """Notes the options of launches on a GPU that is not there."""
+
+    capability = (9, 0)
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, int]] = []
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: Any) -> None:
+        self.options.append(options)
+
+
+@pytest.mark.parametrize("operation", [*NAMES, "prompt_segment"])
+def test_a_launch_uses_what_the_table_says_now(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search puts one candidate after the other into the table: nothing may remember the entry."""
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "recorder", recorder)
+    module: Any = importlib.import_module(f"bench.cases.{operation}")
+    _, compile_once = next(iter(getattr(module, "OPERATION", module).entries()))
+    with tiles.reads() as found:
+        compile_once()
+    before, recorder.options = recorder.options, []
+    assert found
+    for name, key in found:
+        table: Any = dict(tables())[name]
+        old = table.TABLE[key]
+        other = next(c for c in table.candidates(key) if c.num_warps != old.num_warps)
+        monkeypatch.setitem(table.TABLE, key, old)  # puts it back afterwards
+        table.override(key, other)
+    compile_once()
+    assert recorder.options[0] != before[0]
 
 
 def test_tile_sizes_are_put_into_the_tables_when_kernels_are_first_asked_for(

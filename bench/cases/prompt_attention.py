@@ -286,7 +286,7 @@ def timed(key: config.Key, images: int) -> list[Case]:
     """Return the cases by which the entry `key` is judged: of many keys, several lengths, of about the same time."""
     if key.length != "long":
         return [reach(key, images, False)]
-    return [_reaching(key, max(1, images * 300**2 // N**2), N, False) for N in (247, 577, 1370)]
+    return [_reaching(key, max(1, images * 300**2 // N**2), N, False) for N in (397, 577, 1370)]
 
 
 def _reaching(key: config.Key, B: int, N: int, widest: bool) -> Case:

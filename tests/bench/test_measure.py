@@ -245,3 +245,10 @@ def test_models_are_not_captured_on_a_gpu_and_run_for_long(monkeypatch: pytest.M
     assert timing.interleaved({"a": device.step(20.0)}, 1, "cuda", graphs=False)["a"]["clock"] == "events"
     assert device.graphs == {}
     assert device.now == 3 * 20.0 + 2 * 20.0 + timing.CALLS_MS  # warm, estimate, measure
+
+
+def test_each_round_fills_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(captures=True)
+    device.install(monkeypatch)
+    timing.interleaved({"a": device.step(2.0)}, 3, "cuda", window=20.0)
+    assert device.now == 3 * 2.0 + 2 * 2.0 + 3 * 20.0  # warm, estimate, measure

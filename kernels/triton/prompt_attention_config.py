@@ -35,6 +35,8 @@ class Config:
 
 
 # Compiled for every architecture, measured on none yet (docs/performance.md). Architecture 0 is the interpreter.
+# On architecture 100 heads in two pieces have one stage: Triton up to 3.8 pipelines two products on one sum wrongly
+# (triton-lang/triton#10821).
 TABLE: dict[Key, Config] = {
     Key(0, "fwd", 64, "one", 2): Config(16, 128, 4, 1),
     Key(0, "fwd", 64, "short", 2): Config(128, 0, 4, 1),

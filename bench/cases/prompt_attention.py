@@ -27,7 +27,7 @@ def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[
     """Return the work of a forward, and of a backward in which everything trains.
 
     The forward reads q, k, v and prompts, and writes the output and one float32 log-sum-exp a row. The backward reads
-    these and the output's gradient, and writes all gradients; it needs five products.
+    these, the output's gradient instead of the output, and writes all gradients; it needs five products.
     """
     forward, backward = _executed(N, N + P, d, itemsize)
     scores = B * H * N * (N + P)
@@ -39,7 +39,7 @@ def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[
             executed=B * H * forward,
         ),
         Work(
-            bytes=itemsize * H * d * (8 * B * N + 4 * P) + 4 * B * H * N,
+            bytes=itemsize * H * d * (7 * B * N + 4 * P) + 4 * B * H * N,
             operations=10 * scores * d,
             exponentials=scores,
             executed=B * H * backward,

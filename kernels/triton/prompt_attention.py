@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -458,6 +459,7 @@ def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) ->
     return max(1, triton.cdiv(tiles, splits)) * block
 
 
+@functools.lru_cache
 def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
     """Return how many images of a head a program of the resident backward owns, one of which runs on a multiprocessor.
 

@@ -195,6 +195,11 @@ def tail(keys: int, block: int) -> int:
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates of `bench.tune` for an entry; configurations that do not fit the GPU fail to launch."""
     steps = (16, 32, 64) if key.itemsize == 4 else (32, 64, 128)

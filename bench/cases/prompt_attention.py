@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[
     """Return the work of a forward, and of a backward in which everything trains.
 
     The forward reads q, k, v and prompts, and writes the output and one float32 log-sum-exp a row. The backward reads
-    these and the output's gradient, and writes all gradients; it needs five products.
+    these, the output's gradient instead of the output, and writes all gradients; it needs five products.
     """
     forward, backward = _executed(N, N + P, d, itemsize)
     scores = B * H * N * (N + P)
@@ -40,7 +40,7 @@ def work(B: int, N: int, P: int, H: int, d: int, *, itemsize: int = 2) -> tuple[
             executed=B * H * forward,
         ),
         Work(
-            bytes=itemsize * H * d * (8 * B * N + 4 * P) + 4 * B * H * N,
+            bytes=itemsize * H * d * (7 * B * N + 4 * P) + 4 * B * H * N,
             operations=10 * scores * d,
             exponentials=scores,
             executed=B * H * backward,
@@ -325,7 +325,8 @@ def variants() -> Iterator[Compilation]:
     ((_, backward),) = _launches((), [(197, 197, 64)], BF16)
     out, q, k, v, prompt_k, prompt_v, _, *rest, _ = backward.args
     no_keys = (out, q, k[:, :0], v[:, :0], prompt_k, prompt_v, None, *rest)
-    yield "bfloat16 197x0+10 d64", partial(backward.func, *no_keys, [False, False, False, True, True, False])
+    only_prompts = [False, False, False, True, True, False]
+    yield "bfloat16 197x0+10 d64", partial(backward.func, *no_keys, only_prompts, way="looped")
     yield from prompt_segment.variants()
 
 
@@ -339,7 +340,11 @@ def _launches(
     from fastprompt.kernels.triton import prompt_attention as kernels
 
     B, H, P = 4, 12, 10
-    for kind, shapes in (("fwd", forward), ("bwd", backward)):
+    kinds: tuple[tuple[config.Kernel, Iterable[tuple[int, int, int]]], ...] = (
+        ("fwd", forward),
+        ("bwd", backward),
+    )
+    for kind, shapes in kinds:
         for queries, keys, d in shapes:
             name = f"{str(dtype).removeprefix('torch.')} {queries}x{keys}+{P} d{d}"
             q, k, v = meta(B, keys, 3, H, d, dtype=dtype).unbind(2)
@@ -348,10 +353,22 @@ def _launches(
             prompts, temperature = meta(2, P, H, d, dtype=dtype), meta(1)
             inputs = q, k, v, *prompts, temperature if with_temperature else None, None
             if kind == "fwd":
-                yield name, partial(kernels.forward, *inputs, 0.125)
+                yield name, partial(kernels.forward, *inputs, 0.125, way=_way(kind, q, keys + P))
             else:
-                lse = meta(B, H, queries)
-                yield name, partial(kernels.backward, out, *inputs, out, lse, 0.125, [True] * 6)
+                rest = out, meta(B, H, queries), 0.125, [True] * 6
+                yield name, partial(kernels.backward, out, *inputs, *rest, way=_way(kind, q, keys + P))
+
+
+def _way(kernel: config.Kernel, q: Tensor, keys: int) -> Literal["resident", "looped"]:
+    """Return the way that holds all keys in one program, where the architecture compiled for has it."""
+    from fastprompt.kernels.triton import launch
+
+    found = launch.architecture(q.device), q.shape[-1], keys, q.element_size()
+    if kernel == "bwd":
+        return "resident" if config.has_resident_backward(*found) else "looped"
+    architecture, d, _, itemsize = found
+    tiles = config.choose(architecture, kernel, d, q.shape[1], keys, itemsize)
+    return "looped" if tiles.block_n else "resident"
 
 
 OPERATION = Operation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
 Way = Literal["resident", "looped"]
 
 MAX_HEAD_DIM = 128
-SECOND_AXIS = 65535  # the longest second axis of a grid
+MAX_PROMPT_SETS = 65535  # the second axis of a grid
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -48,8 +49,8 @@ def can_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
-    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
     return can_forward(q)
 
 
@@ -257,10 +258,12 @@ def _backward(
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
     own = P > 0 and inputs.prompt_k.ndim == 4  # each image has its prompts
-    resident = way == "resident" and not (own and B > SECOND_AXIS)
+    resident = way == "resident" and not (own and B > MAX_PROMPT_SETS)
     images = 1
     if resident and not own:
-        images = max(_images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS))
+        images = max(
+            _images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, MAX_PROMPT_SETS)
+        )
     groups = triton.cdiv(B, images)
 
     # Gradients that a kernel computes but nobody needs are written to scratch.
@@ -456,6 +459,7 @@ def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) ->
     return max(1, triton.cdiv(tiles, splits)) * block
 
 
+@functools.lru_cache
 def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
     """Return how many images of a head a program of the resident backward owns, one of which runs on a multiprocessor.
 

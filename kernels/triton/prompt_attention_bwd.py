@@ -164,11 +164,12 @@ def _dq_step(
     if PADDED:
         log = tl.where(m_n[None, :], log, -1.0e30)
     w = tl.exp2(log)
-    ds = w * (dw - delta[:, None])
+    ds = tl.fma(w, dw - delta[:, None], 0.0)
     if NEED_TEMPERATURE:
+        # Fused products, as in delta: all threads of a row get the same bits.
         rest += tl.sum(ds, 1)
-        mean += tl.sum(w * log, 1)
-        both += tl.sum(ds * log, 1)
+        mean += tl.sum(tl.fma(w, log, 0.0), 1)
+        both += tl.sum(tl.fma(ds, log, 0.0), 1)
     if NEED_Q:
         dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
         dq0, dq1 = awaited(dq0, dq1, D1, AWAIT)

@@ -105,6 +105,7 @@ TABLE: dict[Key, Config] = {
     Key(100, "dq", 64, "long", 2): Config(64, 64, 4, 1),
     Key(100, "dq", 128, "medium", 2): Config(64, 64, 8, 1),
     Key(100, "dq", 128, "long", 2): Config(64, 64, 8, 1),
+    Key(100, "bwd", 64, "short", 2): Config(32, 0, 8, 1),
     Key(0, "fwd", 64, "one", 4): Config(16, 128, 4, 1),
     Key(0, "fwd", 64, "short", 4): Config(128, 0, 4, 1),
     Key(0, "fwd", 64, "medium", 4): Config(128, 128, 4, 1),

@@ -18,7 +18,7 @@ from bench.correctness import Inputs, Oracle, assert_same, evaluate
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention as kernels
 from fastprompt.kernels.triton.prompt_attention_config import RESIDENT_KEYS, head_pieces, key_pieces, tail
-from fastprompt.ops import dispatch, prompt_attention, prompt_attention_reference
+from fastprompt.ops import dispatch, prompt_attention, prompt_attention_reference, trust
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = dtypes_of("triton")
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
-def triton_by_name() -> Iterator[None]:
+def triton_by_name(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(trust, "_mode", "never")  # a wrong kernel would be replaced
     with dispatch.use_backend("triton"):
         yield
 

@@ -78,6 +78,7 @@ def test_every_kernel_is_reached_with_each_of_its_flags(monkeypatch: pytest.Monk
         evaluate(lambda **i: prompt_attention(**i, backend="triton"), inputs, inputs["q"], trained(path))
     assert set(seen) == {name for name in vars(launchers) if name.endswith("_kernel")}
     for kernel, flags in seen.items():
+        flags.pop("AWAIT", None)  # False but on Hopper
         for flag, values in flags.items():
             assert len(values) == 2 or not isinstance(next(iter(values)), bool), (
                 f"{kernel}: {flag} is {values}"

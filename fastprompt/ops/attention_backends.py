@@ -125,16 +125,17 @@ class _Operation:
 
     def run_triton(self, *arguments: Any) -> Any:
         inputs, needs = self.read(*arguments)
-        order = attention_choice.ways(call_of(inputs, needs))
         plain = partial(self.by, "joined", False)
-        refused = None
-        for way in order:
-            if self.why_not_way(way, inputs, needs) is None:
+        reasons = []
+        for way in attention_choice.ways(call_of(inputs, needs)):
+            reason = _why_not_way(way, inputs, needs)
+            if reason is None:
                 try:
                     return trust.run(self.name, partial(self.by, way, True), plain, *arguments)
-                except Refused as error:
-                    refused = error
-        raise refused or NotImplementedError(self.why_not_triton(*arguments))
+                except Refused as refused:
+                    reason = str(refused)
+            reasons.append(f"{way!r}: {reason}")
+        raise Refused("; ".join(reasons))
 
     def images(self, *arguments: Any) -> list[int]:
         """Return the positions of the arguments whose first dimension counts the images."""
@@ -144,36 +145,45 @@ class _Operation:
         return [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and id(x) not in single]
 
     def why_not_triton(self, *arguments: Any) -> str | None:
+        """Return why no way can run the call, for its device, dtype or head_dim, or None."""
         inputs, needs = self.read(*arguments)
         kernels = _module("prompt_attention")
         reason: str | None = (
-            kernels.can_forward(inputs.q)
-            if needs is None
-            else kernels.can_backward(inputs.q, inputs.q, inputs.k, inputs.v, inputs.prompt_k)
+            kernels.can_forward(inputs.q) if needs is None else kernels.can_backward(inputs.q, *inputs[:4])
         )
-        if reason is not None:
-            return reason
-        reasons = {}
-        for way in attention_choice.ways(call_of(inputs, needs)):
-            found = self.why_not_way(way, inputs, needs)
-            if found is None:
-                return None
-            reasons[way] = found
-        return "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
+        return reason
 
     def why_defer(self, *arguments: Any) -> str | None:
         """Return why "auto" should leave to PyTorch alone what Triton's kernels can run, or None."""
         best = attention_choice.ways(call_of(*self.read(*arguments)))[0]
         return "the way 'joined', preferred for this call, is PyTorch's alone" if best == "joined" else None
 
-    def why_not_way(self, way: Way, inputs: Inputs, needs: Sequence[bool] | None) -> str | None:
-        """Return why `way` cannot run the call with Triton's kernels, which can run its dtype and device, or None."""
-        if way == "joined":
-            return "it has no kernel of Triton's"
-        if way == "resident":
-            found: str | None = _module("prompt_attention").why_not_resident(*inputs[:4], needs)
-            return found
-        return None
+
+def _why_not_way(way: Way, inputs: Inputs, needs: Sequence[bool] | None) -> str | None:
+    """Return why `way` cannot run with Triton's kernels a call that they can run otherwise, or None."""
+    if way == "joined":
+        return "it has no kernel of Triton's"
+    return _why_not_resident(inputs, needs) if way == "resident" else None
+
+
+def _why_not_resident(inputs: Inputs, needs: Sequence[bool] | None) -> str | None:
+    """Return why no kernel that holds all keys of an image and head in one program can run the call, or None."""
+    q, k, _, prompt_k, *_ = inputs
+    (B, Nq, H, d), P = q.shape, 0 if prompt_k is None else prompt_k.shape[-3]
+    keys, config, launch = k.shape[1] + P, _module("prompt_attention_config"), _module("launch")
+    architecture = launch.architecture(q.device)
+    if keys > attention_choice.RESIDENT_KEYS:
+        return f"{keys} keys are more than one program holds ({attention_choice.RESIDENT_KEYS})"
+    if needs is None:
+        found = config.choose(architecture, "fwd", d, Nq, keys, q.element_size())
+        return "there is none for this head_dim, dtype and GPU" if found.block_n else None
+    if not config.has_resident_backward(architecture, d, keys, q.element_size()):
+        return "there is no backward for this head_dim, dtype and GPU"
+    prompts = set(needs[3:5]) if P else set()
+    if not (needs[0] and needs[1] and needs[2]) or len(prompts) == 2:
+        return "not all gradients are needed, and it computes all of them"
+    slots = launch.multiprocessors(q.device)
+    return None if slots <= B * H else f"{B * H} images and heads leave most of {slots} multiprocessors idle"
 
 
 def _check_index(inputs: Inputs) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,15 +13,14 @@ from fastprompt.kernels.triton.prompt_attention_bwd import (
     prompt_attention_bwd_delta_kernel,
     prompt_attention_bwd_dkdv_kernel,
     prompt_attention_bwd_dq_kernel,
-    prompt_attention_bwd_resident_kernel,
     prompt_attention_bwd_sum_kernel,
 )
+from fastprompt.kernels.triton.prompt_attention_bwd_resident import prompt_attention_bwd_resident_kernel
 from fastprompt.kernels.triton.prompt_attention_config import (
     RESIDENT_KEYS,
     Config,
     Kernel,
     choose,
-    has_resident_backward,
     head_pieces,
     key_pieces,
     tail,
@@ -35,7 +33,7 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
 Way = Literal["resident", "looped"]
 
 MAX_HEAD_DIM = 128
-MAX_PROMPT_SETS = 65535  # the second axis of a grid
+SECOND_AXIS = 65535  # the longest second axis of a grid
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -50,33 +48,9 @@ def can_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
-    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
     return can_forward(q)
-
-
-def why_not_resident(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, needs: Sequence[bool] | None
-) -> str | None:
-    """Return why no kernel that holds all keys of an image and head can run the call, or None.
-
-    Args:
-        needs: for a backward, which of the six gradients are needed.
-    """
-    (B, Nq, H, d), P = q.shape, 0 if prompt_k is None else prompt_k.shape[-3]
-    keys, architecture = k.shape[1] + P, launch.architecture(q.device)
-    if keys > RESIDENT_KEYS:
-        return f"{keys} keys are more than one program holds ({RESIDENT_KEYS})"
-    if needs is None:
-        found = choose(architecture, "fwd", d, Nq, keys, q.element_size())
-        return "it has no kernel for this head_dim and GPU" if found.block_n else None
-    if not has_resident_backward(architecture, d, keys, q.element_size()):
-        return "it has no backward for this head_dim, dtype and GPU"
-    prompts = [need for need in needs[3:5] if P]
-    if not (needs[0] and needs[1] and needs[2]) or any(prompts) != all(prompts):
-        return "not all gradients are needed, and it computes all of them"
-    slots = launch.multiprocessors(q.device)
-    return None if slots <= B * H else f"{B * H} images and heads leave most of {slots} multiprocessors idle"
 
 
 def packed_backward(
@@ -122,6 +96,7 @@ def forward(
     arguments = inputs.arguments(out)
     stride_ob, stride_om, stride_oh, _ = out.stride()
     arguments.update(p_out=out, p_lse=lse, stride_ob=stride_ob, stride_om=stride_om, stride_oh=stride_oh)
+    arguments["POSITIVE"] = temperature is None and scale > 0
     keys = inputs.keys if way == "resident" else max(inputs.keys, RESIDENT_KEYS + 1)
     config = choose(launch.architecture(q.device), "fwd", d, Nq, keys, q.element_size())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -133,6 +108,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            AWAIT=_awaits(q),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -280,7 +256,12 @@ def _backward(
     def find(kernel: Kernel) -> Config:
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
-    resident = way == "resident"
+    own = P > 0 and inputs.prompt_k.ndim == 4  # each image has its prompts
+    resident = way == "resident" and not (own and B > SECOND_AXIS)
+    images = 1
+    if resident and not own:
+        images = max(_images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS))
+    groups = triton.cdiv(B, images)
 
     # Gradients that a kernel computes but nobody needs are written to scratch.
     if image and need_k and not needs[1]:
@@ -289,32 +270,49 @@ def _backward(
         dv = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     dtype = torch.float32 if inputs.shared else q.dtype
     partial_k, partial_v = (
-        torch.empty((B, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
+        torch.empty((groups, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
         for need in (need_k, need_v)
     )
     sized = dk if dk.numel() else dv
     partial = partial_k if partial_k.numel() else partial_v
-    padded = triton.cdiv(Nq, 128) * 128
-    delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
     dob, dom, doh = _strides(grad)
     arguments.update(p_do=grad, stride_dob=dob, stride_dom=dom, stride_doh=doh)
-    arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
     dqb, dqm, dqh = _strides(dq)
     to_queries = {"p_dq": dq, "stride_dqb": dqb, "stride_dqm": dqm, "stride_dqh": dqh}
     (dkb, dkn, dkh), (dpb, dpn, dph) = _strides(sized), _strides(partial)
     to_keys = {"p_dk": dk, "p_dv": dv, "stride_dkb": dkb, "stride_dkn": dkn, "stride_dkh": dkh}
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, stride_dpb=dpb, stride_dpn=dpn, stride_dph=dph)
 
-    _row_products(out, grad, lse, delta, lse2)
     products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
-        _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
+        config = find("bwd")
+        launch.launch(
+            prompt_attention_bwd_resident_kernel,
+            (H, groups),
+            device,
+            **arguments,
+            **to_queries,
+            **to_keys,
+            p_lse=lse,
+            B=B,
+            images=images,
+            BLOCK_M=config.block_m,
+            KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
+            STORE_PROMPT=prompt,
+            AWAIT=_awaits(q),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if need_temperature:
-            # A separate launch, because the kernel has no registers left for it.
-            products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
+            # Scores are linear in q. A separate launch, because the kernel has no registers left for it.
+            products, lse2 = torch.empty_like(lse), torch.empty_like(lse)
             _row_products(q, dq, lse, products, lse2)
     else:
+        padded = triton.cdiv(Nq, 128) * 128
+        delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
+        _row_products(out, grad, lse, delta, lse2)
+        arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
         if need_k or need_v:
             flags = {"NEED_K": need_k, "NEED_V": need_v, "STORE_IMAGE": image, "STORE_PROMPT": prompt}
             _launch_keys(inputs, find("dkdv"), {**arguments, **to_keys, **flags})
@@ -330,27 +328,11 @@ def _backward(
     ]
     if need_temperature:
         assert inputs.temperature is not None
-        # Scores are linear in q, so that Σ q·dq is the sum of score · d(score), and score ~ 1 / temperature.
-        t = inputs.temperature
+        t = inputs.temperature  # the products are Σ score · d(score) of each row, and score ~ 1 / temperature
         results.append((-products.sum().reshape(t.shape) / t).to(t.dtype))
     else:
         results.append(q.new_empty(0))
     return results[0], results[1], results[2]
-
-
-def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute all gradients but the temperature's, with one program per head and image."""
-    B, _, H, _ = inputs.q.shape
-    launch.launch(
-        prompt_attention_bwd_resident_kernel,
-        (B * H,),
-        inputs.q.device,
-        **arguments,
-        BLOCK_M=config.block_m,
-        KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
 
 
 def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
@@ -365,6 +347,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -380,6 +363,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -456,11 +440,37 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
 
 
+def _awaits(q: Tensor) -> bool:
+    """Return whether loops must await a product in the pass that starts it: on the matrix units of Hopper.
+
+    There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
+    """
+    units = q.element_size() == 2 or launch.input_precision(q.dtype) == "tf32"
+    return units and launch.architecture(q.device) == 90
+
+
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
     """Return the number of query rows per program of the resident kernel: all, unless that gives too few programs."""
     tiles = triton.cdiv(Nq, block)
     splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
     return max(1, triton.cdiv(tiles, splits)) * block
+
+
+def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
+    """Return how many images of a head a program of the resident backward owns, one of which runs on a multiprocessor.
+
+    As many as finish in the shortest time, in units of an image: so few programs that each runs from the start, or two
+    or three turns of them where these divide the images better.
+    """
+    best = 1, triton.cdiv(B * H, multiprocessors)
+    for turns in (1, 2, 3):
+        groups = min(B, turns * multiprocessors // H)
+        if groups:
+            images = triton.cdiv(B, groups)
+            time = images * triton.cdiv(triton.cdiv(B, images) * H, multiprocessors)
+            if (time, -images) < (best[1], -best[0]):
+                best = images, time
+    return best[0]
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Attention of a few query rows to the normed rows themselves, without keys and values (docs/shortcuts.md, 3).
 
-Keys and values are the same rows, so a program owns an image, loops over tiles of its rows with an online softmax and
-uses each tile twice, for the scores and for the context: a row is read once (twice if the backward uses two launches to
-save registers). All query rows, class tokens times heads, are one tile. A tile is a tuple of pieces of BLOCK_D columns:
-a width of 768 is not a power of two, and the sums over its columns need not all be live at once.
+Keys and values are the same rows, so a program loops over tiles of an image's rows with an online softmax and uses each
+tile twice, for the scores and for the context: a row is read once (twice if the backward uses two launches to save
+registers). With fewer images than multiprocessors several programs share an image's tiles, and their parts are joined
+in a fixed order. All query rows, class tokens times heads, are one tile. A tile is a tuple of pieces of BLOCK_D
+columns: a width of 768 is not a power of two, and the sums over its columns need not all be live at once.
 
 The backward computes the scores in both orientations instead of transposing one: Triton up to 3.7.0 miscompiles a
 product with a computed, transposed operand on Hopper. Gradients of prompt rows that images share are partial sums, one
@@ -26,6 +27,7 @@ from fastprompt.kernels.triton.tiles import key_rows
 from fastprompt.kernels.triton.tiles import rows as row_starts
 
 MAX_QUERY_ROWS = 32
+JOIN_COLUMNS = 256
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -66,10 +68,11 @@ def _store(p_row, m_row, piece, PIECE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_
 @triton.jit(do_not_specialize=["M", "N", "P"])
 def row_attention_fwd_kernel(
     p_query, p_rows, p_prompt, p_context, p_lse, M, N, P,
-    stride_qb, stride_qm, stride_rb, stride_rn, stride_pb, stride_pn, stride_cb, stride_cm,
+    stride_qb, stride_qm, stride_rb, stride_rn, stride_pb, stride_pn,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Compute the context and the LSE over the program's share of the tiles, contiguous."""
     i_b = tl.program_id(0).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < M
@@ -80,7 +83,7 @@ def row_attention_fwd_kernel(
     high = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: -inf less -inf is a NaN
     context = _zeros(PIECES, BLOCK_M, BLOCK_D)
 
-    for start in range(0, N + P, BLOCK_N):
+    for start in range(tl.program_id(1) * BLOCK_N, N + P, tl.num_programs(1) * BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N + P
         p_row = key_rows(p_rows, p_prompt, o_n, N, stride_rn, stride_pn, ALIGNED)
@@ -104,10 +107,37 @@ def row_attention_fwd_kernel(
             longer = _append(longer, tl.dot(w, tile[i_d], acc=acc, input_precision=PRECISION))
         context = longer
 
-    p_c_row = row_starts(p_context + i_b * stride_cb, o_m, stride_cm, ALIGNED)
+    i_part = i_b * tl.num_programs(1) + tl.program_id(1)
+    p_c_row = row_starts(p_context + i_part * M * WIDTH, o_m, WIDTH, ALIGNED)
     for i_d in tl.static_range(PIECES):
         _store(p_c_row, m_m, context[i_d] / total[:, None], i_d, WIDTH, BLOCK_D)
-    tl.store(p_lse + i_b * M + o_m, (high + tl.log2(total)) * LN2, mask=m_m)
+    tl.store(p_lse + i_part * M + o_m, (high + tl.log2(total)) * LN2, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
+def row_attention_join_kernel(
+    p_part, p_part_lse, p_context, p_lse, M, parts, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Join the contexts [B, parts, M, D] and LSEs [B, parts, M] of one row, in the order of the parts."""
+    i_b = tl.program_id(0).to(tl.int64)
+    i_m = tl.program_id(1)
+    o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < WIDTH
+    context = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    high = -1.0e38  # finite: -inf less -inf is a NaN
+    for i in range(parts):
+        i_row = (i_b * parts + i) * M + i_m
+        lse = tl.load(p_part_lse + i_row)
+        higher = tl.maximum(high, lse)
+        share, shrink = tl.exp2((lse - higher) * LOG2E), tl.exp2((high - higher) * LOG2E)
+        context = context * shrink + tl.load(p_part + i_row * WIDTH + o_d, mask=m_d, other=0.0) * share
+        total = total * shrink + share
+        high = higher
+    i_row = i_b * M + i_m
+    tl.store(p_context + i_row * WIDTH + o_d, (context / total).to(p_context.dtype.element_ty), mask=m_d)
+    if tl.program_id(2) == 0:
+        tl.store(p_lse + i_row, high + tl.log2(total) * LN2)
 
 
 @triton.jit(do_not_specialize=["M", "N", "P"])
@@ -118,7 +148,7 @@ def row_attention_bwd_kernel(
     BLOCK_D: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_PROMPT: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the needed gradients, contiguous. Without d(query), programs share an image's tiles."""
+    """Compute the needed gradients, contiguous; d(query) over the program's share of the tiles."""
     i_b = tl.program_id(0).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < M
@@ -133,6 +163,7 @@ def row_attention_bwd_kernel(
     lse = tl.load(p_lse + i_b * M + o_m, mask=m_m, other=1.0e30) * LOG2E
     delta = tl.zeros([BLOCK_M], tl.float32)
     d_query = _zeros(PIECES, BLOCK_M, BLOCK_D)
+    excess = tl.zeros([BLOCK_M], tl.float32)
     for i_d in tl.static_range(PIECES):
         d_context = _load(p_g_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32)
         delta += tl.sum(d_context * _load(p_c_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32), 1)
@@ -161,6 +192,7 @@ def row_attention_bwd_kernel(
         if NEED_QUERY:
             w = tl.exp2(tl.where(m_n[None, :], s * LOG2E - lse[:, None], float("-inf")))
             d_s = (w * (d_w - delta[:, None])).to(p_rows.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+            excess += tl.sum(d_s.to(tl.float32), 1)
             longer = ()
             for i_d in tl.static_range(PIECES):
                 longer = _append(longer, tl.dot(d_s, tile[i_d], acc=d_query[i_d], input_precision=PRECISION))
@@ -183,9 +215,13 @@ def row_attention_bwd_kernel(
                     _store(p_d_prompt_row, (o_n >= N) & m_n, d_row, i_d, WIDTH, BLOCK_D)
 
     if NEED_QUERY:
-        p_d_query_row = row_starts(p_d_query + i_b * M * WIDTH, o_m, WIDTH, ALIGNED)
+        # The gradients of a row's scores sum to 0. What roundings of delta leave of them would move d(query) along the
+        # context; a row that outweighs all others would get a gradient where there is none.
+        i_part = i_b * tl.num_programs(1) + tl.program_id(1)
+        p_d_query_row = row_starts(p_d_query + i_part * M * WIDTH, o_m, WIDTH, ALIGNED)
         for i_d in tl.static_range(PIECES):
-            _store(p_d_query_row, m_m, d_query[i_d], i_d, WIDTH, BLOCK_D)
+            b_context = _load(p_c_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32)
+            _store(p_d_query_row, m_m, d_query[i_d] - excess[:, None] * b_context, i_d, WIDTH, BLOCK_D)
 
 
 def can_forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> str | None:
@@ -212,15 +248,19 @@ def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Te
     context = torch.empty((B, M, D), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, M), dtype=torch.float32, device=query.device)
     config = _config(query, "fwd")
+    parts = _parts(B, rows.shape[1] + prompt_rows.shape[1], config, query.device)
+    part, part_lse = context, lse
+    if parts > 1:
+        part, part_lse = (x.new_empty((B, parts, *x.shape[1:]), dtype=torch.float32) for x in (context, lse))
     launch.launch(
         row_attention_fwd_kernel,
-        (B,),
+        (B, parts),
         query.device,
         p_query=query,
         p_rows=rows,
         p_prompt=prompt_rows,
-        p_context=context,
-        p_lse=lse,
+        p_context=part,
+        p_lse=part_lse,
         M=M,
         N=rows.shape[1],
         P=prompt_rows.shape[1],
@@ -230,10 +270,24 @@ def forward(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[Te
         stride_rn=rows.stride(1),
         stride_pb=prompt_rows.stride(0),
         stride_pn=prompt_rows.stride(1),
-        stride_cb=context.stride(0),
-        stride_cm=context.stride(1),
-        **_tiles(config, query, (query, rows, prompt_rows, context)),
+        **_tiles(config, query, (query, rows, prompt_rows, part)),
     )
+    if parts > 1:
+        launch.launch(
+            row_attention_join_kernel,
+            (B, M, triton.cdiv(D, JOIN_COLUMNS)),
+            query.device,
+            p_part=part,
+            p_part_lse=part_lse,
+            p_context=context,
+            p_lse=lse,
+            M=M,
+            parts=parts,
+            WIDTH=D,
+            BLOCK_D=JOIN_COLUMNS,
+            num_warps=4,
+            num_stages=1,
+        )
     return context, lse
 
 
@@ -262,19 +316,22 @@ def backward(
     grad, query, rows, context = _dense(grad), _dense(query), _dense(rows), _dense(context)
     prompt_rows = _prompts(rows, prompt_rows if need_query or need_prompt else None)
     N, P = rows.shape[1], prompt_rows.shape[1]
-    d_query = query.new_empty((B, M, D) if need_query else 0)
     d_rows = query.new_empty((B, N, D) if need_rows else 0)
     d_prompt = query.new_empty(
         (B, P, D) if need_prompt else 0, dtype=torch.float32 if shared else query.dtype
     )
     config = _config(query, "bwd")
+    parts = _parts(B, N + P, config, query.device)
+    d_query = query.new_empty((B, M, D) if need_query else 0)
+    if need_query and parts > 1:
+        d_query = query.new_empty((B, parts, M, D), dtype=torch.float32)
     both = need_query and (need_rows or need_prompt)
     # For each launch, whether it computes d(query), and whether the gradients of the rows.
     launches = ((True, False), (False, True)) if both and not config.fused else ((need_query, True),)
     for with_query, with_rows in launches:
         launch.launch(
             row_attention_bwd_kernel,
-            (B, 1 if with_query else triton.cdiv(N + P, config.block_n)),
+            (B, parts if with_query else triton.cdiv(N + P, config.block_n)),
             query.device,
             p_grad=grad,
             p_query=query,
@@ -303,6 +360,8 @@ def backward(
             NEED_PROMPT=with_rows and need_prompt,
             **_tiles(config, query, (grad, query, rows, prompt_rows, context)),
         )
+    if d_query.ndim == 4:
+        d_query = d_query.sum(1).to(query.dtype)
     if need_prompt and shared:
         d_prompt = d_prompt.sum(0).to(query.dtype)
     return d_query, d_rows, d_prompt
@@ -324,6 +383,11 @@ def _tiles(config: Config, query: Tensor, tensors: Sequence[Tensor]) -> dict[str
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def _parts(B: int, rows: int, config: Config, device: torch.device) -> int:
+    """Return the number of programs that share an image's tiles, so that together they fill the device."""
+    return max(1, min(launch.multiprocessors(device) // max(1, B), triton.cdiv(rows, config.block_n)))
 
 
 def _config(query: Tensor, kernel: Kernel) -> Config:

@@ -267,21 +267,27 @@ def test_native_kernels_run_cpu_tensors_and_no_others(registry: Any) -> None:
 
 PROGRAM = """
 import sys
-from fastprompt.ops import dispatch
-print(dispatch.requested(), [m for m in sys.modules if m.startswith("fastprompt.kernels.triton")])
+from fastprompt.ops import attention_choice, dispatch
+imported = [m for m in sys.modules if m.startswith("fastprompt.kernels.triton")]
+print(dispatch.requested(), attention_choice.forced(), imported)
 """
 
 
-def test_environment_variable_asks_for_a_backend_and_triton_is_imported_when_it_is_used() -> None:
+def test_environment_variables_ask_for_a_backend_and_a_way_and_triton_is_imported_when_it_is_used() -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "FASTPROMPT_BACKEND": "Eager ", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "FASTPROMPT_BACKEND": "Eager ",
+            "FASTPROMPT_ATTENTION": "Split",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert (result.stdout.strip(), result.returncode) == ("eager []", 0), result.stderr
+    assert (result.stdout.strip(), result.returncode) == ("eager split []", 0), result.stderr
 
 
 def test_a_wrong_environment_variable_is_an_error_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

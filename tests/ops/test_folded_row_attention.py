@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from attention_cases import softmax
-from numerics import by_dtype, odd_strides, packed, saved_bytes, skip_unless_served, transposed
+from numerics import backends_of, by_dtype, odd_strides, packed, saved_bytes, skip_unless_served, transposed
 from torch import Tensor
 
 from bench.correctness import Oracle
@@ -114,6 +114,30 @@ def test_gradients_are_the_same_whichever_else_trains(
 ) -> None:
     inputs = draw(Shape(B=2), torch.float32, device, per_image=per_image)
     Oracle(plain, inputs, trainable=trainable)(folded_row_attention)
+
+
+@pytest.mark.skipif("triton" not in backends_of(OPERATION), reason="about the kernels")
+@pytest.mark.parametrize(("N", "multiprocessors"), [(250, 4), (500, 1000)], ids=["two each", "one tile each"])
+def test_programs_that_share_an_image_give_the_same(
+    N: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastprompt.kernels.triton import launch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    inputs = draw(Shape(B=2, N=N), torch.float32, device)
+    Oracle(plain, inputs)(partial(folded_row_attention, backend="triton"))
+
+
+def test_a_row_that_outweighs_all_others_moves_no_query(backend: str, device: str) -> None:
+    """Its weight is 1, its score's gradient 0; in float32 the products' rounding is 100 times what is left."""
+    inputs = draw(Shape(N=1, P=0, D=768, B=1), torch.float32, device)
+    query = inputs["query"].requires_grad_()  # type: ignore[union-attr]
+    context = folded_row_attention(query, inputs["rows"], backend=backend)  # type: ignore[arg-type]
+    cotangent = torch.randn_like(context)
+    (gradient,) = torch.autograd.grad(context, query, cotangent)
+    size = (cotangent * context).abs().sum(-1).max() * inputs["rows"].abs().max()  # type: ignore[union-attr]
+    assert gradient.abs().max() <= torch.finfo(torch.float32).eps ** 2 * size
 
 
 @pytest.mark.parametrize("layout", [packed, odd_strides, transposed], ids=lambda layout: layout.__name__)

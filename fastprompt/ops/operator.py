@@ -74,6 +74,18 @@ def define_operator(schema: str, *, fake: Callable[..., Any], flops: Callable[..
     return packet.default
 
 
+def traced_plainly(backend: str, *, fusable: bool) -> bool:
+    """Return whether a compiler sees an operation as plain PyTorch, not as its operator.
+
+    An exported program always contains plain PyTorch, so that it runs where fastprompt is not installed. For
+    `torch.compile` an operator is a fence, so that `fusable` operations are plain PyTorch too: those for which the
+    compiler's own kernels are as good. A backend that is requested by name gets its operator.
+    """
+    if torch.compiler.is_exporting():
+        return True
+    return fusable and torch.compiler.is_compiling() and backend in (dispatch.AUTO, "eager")
+
+
 def call(name: str, *args: Any) -> Any:
     """Call an operator of this file, as `torch.ops.fastprompt.NAME(*args)` does.
 

@@ -26,6 +26,7 @@ from fastprompt.ops.operator import (
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
 
 
@@ -269,14 +270,13 @@ def plain_attention(
 
 
 def is_plain(q: Tensor, k: Tensor, prompt_k: Tensor | None, temperature: Tensor | None, backend: str) -> bool:
-    """Return whether the call is PyTorch's own attention: in an exported program, or where nothing is to be added."""
-    if torch.compiler.is_exporting():
-        return True
-    if prompt_k is not None or temperature is not None or backend != dispatch.AUTO:
-        return False
-    if torch.compiler.is_compiling():  # an operator of ours would be a fence for the compiler
-        return True
-    if q.numel() == 0:
+    """Return whether the call is PyTorch's own attention: for a compiler, or where nothing is to be added."""
+    # Compiled by Inductor for a CPU, the operator takes as long as PyTorch's attention over joined keys (float32), but
+    # does not keep joined keys for the backward, and its backward in bfloat16 is faster.
+    joins = prompt_k is not None and k.shape[1] > 0
+    if traced_plainly(backend, fusable=not joins and temperature is None):
+        return torch.compiler.is_exporting() or attention_choice.forced() in (None, "joined")
+    if prompt_k is not None or temperature is not None or backend != dispatch.AUTO or q.numel() == 0:
         return False
     inputs = Inputs(q, k, k, None, None, None, None, 1.0)
     return attention_choice.ways(call_of(inputs))[0] in ("joined", "split")

@@ -27,6 +27,7 @@ from fastprompt.ops.operator import (
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
 
 
@@ -100,7 +101,10 @@ def folded_row_attention(
     _check(query, rows, prompt_rows)
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
         prompt_rows = None
-    context, _ = call("folded_row_attention", query, rows, prompt_rows, dispatch.requested(backend))
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=not (query.is_cuda and dispatch.triton_is_available())):
+        return _plain(query, rows, prompt_rows)
+    context, _ = call("folded_row_attention", query, rows, prompt_rows, backend)
     return context
 
 
@@ -115,6 +119,17 @@ def folded_row_attention_reference(query: Tensor, rows: Tensor, prompt_rows: Ten
         if prompt_rows is not None:
             every = torch.cat([every, prompt_rows.to(wide).expand(rows.shape[0], -1, -1)], dim=1)
         return ((query.to(wide) @ every.mT).softmax(-1) @ every).to(query.dtype)
+
+
+def _plain(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> Tensor:
+    """Compute the same in the inputs' dtype, the softmax in float32 or better."""
+    scores = query @ rows.mT
+    if prompt_rows is not None:
+        scores = torch.cat([scores, query @ prompt_rows.mT], dim=-1)
+    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(scores.dtype)
+    N = rows.shape[1]
+    context = weights[..., :N] @ rows
+    return context if prompt_rows is None else context + weights[..., N:] @ prompt_rows
 
 
 def _check(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> None:

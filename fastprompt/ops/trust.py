@@ -208,6 +208,8 @@ def _tensors(results: Any) -> list[Tensor]:
 
 
 def _double(x: Any) -> Any:
+    if isinstance(x, torch.dtype):  # of a result
+        return torch.float64
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 

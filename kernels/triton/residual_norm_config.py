@@ -38,7 +38,7 @@ BY_WIDTH = {
     512: Config(rows=1, num_warps=1),
     1024: Config(rows=1, num_warps=1),
     2048: Config(rows=1, num_warps=2),
-    4096: Config(rows=1, num_warps=4),
+    4096: Config(rows=1, num_warps=8),
 }
 # Architecture 0 is the interpreter, whose cost is the number of programs.
 INTERPRETED = Config(rows=16, num_warps=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +53,8 @@ class Recorder(Protocol):
     """Records the launches of a call, in order to repeat them."""
 
     fault: str | None
+
+    def pause(self) -> AbstractContextManager[None]: ...
 
     def launch(
         self,

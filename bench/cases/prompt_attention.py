@@ -220,9 +220,11 @@ def sweep(device: str, tiny: bool) -> Iterator[Case]:
 
 def reach(key: config.Key, images: int, widest: bool) -> Case:
     """Return a case that the table's entry `key` serves: of a shape that models have, or the widest."""
-    N, B = (577, images // 2) if key.length == "long" else (197, images)
+    N, P, B = {"medium": (197, 100, images), "long": (577, 50, images // 2)}.get(
+        key.length, (197, 50, images)
+    )
     d = key.head_dim if widest or key.head_dim == 64 else 80
-    found = case(B, N, 50, 12, d, DTYPES[key.itemsize], "cuda")
+    found = case(B, N, P, 12, d, DTYPES[key.itemsize], "cuda")
     if key.length == "one":
         draw = found.draw
         found.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
@@ -232,17 +234,18 @@ def reach(key: config.Key, images: int, widest: bool) -> Case:
 # Offline compilation -------------------------------------------------------------------------------------------------
 
 # (queries, keys without prompts, head_dim). Every entry of the table, with as much left over by whole tiles as may be.
-FORWARD_ENTRIES = [(*at, d) for d, at in product((64, 128), ((1, 181), (181, 181), (629, 629)))]
-BACKWARD_ENTRIES = ((181, 181, 64), (629, 629, 64), (629, 629, 128))
+FORWARD_ENTRIES = [(*at, d) for d, at in product((64, 128), ((1, 245), (245, 245), (309, 309), (629, 629)))]
+BACKWARD_ENTRIES = ((181, 181, 64), *((n, n, d) for n, d in product((309, 629), (64, 128))))
 # Shapes that make other code of them: little left over, other pieces of keys, head_dim in two pieces.
 FORWARD_VARIANTS = [(N, N, d) for N, d in ((197, 64), (50, 64), (237, 64), (197, 40), (197, 80), (577, 88))]
 BACKWARD_VARIANTS = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
 def entries() -> Iterator[Compilation]:
-    """Yield a launch for each entry of the tables in each dtype, with a temperature."""
+    """Yield a launch for each entry of the tables in each dtype, with a temperature; a forward also without."""
     for dtype in (BF16, FP16, FP32):
         yield from _launches(FORWARD_ENTRIES, BACKWARD_ENTRIES, dtype)
+    yield from _launches(FORWARD_ENTRIES, (), BF16, with_temperature=False)
     yield from prompt_segment.entries()
 
 
@@ -257,7 +260,10 @@ def variants() -> Iterator[Compilation]:
 
 
 def _launches(
-    forward: Iterable[tuple[int, int, int]], backward: Iterable[tuple[int, int, int]], dtype: torch.dtype
+    forward: Iterable[tuple[int, int, int]],
+    backward: Iterable[tuple[int, int, int]],
+    dtype: torch.dtype,
+    with_temperature: bool = True,
 ) -> Iterator[Compilation]:
     """Yield forwards and backwards for everything; q, k and v of one length are views of a packed tensor."""
     from fastprompt.kernels.triton import prompt_attention as kernels
@@ -270,7 +276,7 @@ def _launches(
             out = meta(B, queries, H, d, dtype=dtype)
             q = q if queries == keys else out
             prompts, temperature = meta(2, P, H, d, dtype=dtype), meta(1)
-            inputs = q, k, v, *prompts, temperature, None
+            inputs = q, k, v, *prompts, temperature if with_temperature else None, None
             if kind == "fwd":
                 yield name, partial(kernels.forward, *inputs, 0.125)
             else:

@@ -14,13 +14,14 @@ PyTorch choose an attention kernel, if it uses a tensor from elsewhere, or if on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastprompt.kernels import identities
 from fastprompt.ops import attention_choice
@@ -93,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Tensor] = []  # so that no id is used again
         self.owners = self.inputs = len(args)
         self.launches = 0
+        self.paused = False
         self.fault: str | None = None
         for i, x in enumerate(args):
             if isinstance(x, Tensor):
@@ -103,8 +105,12 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self.paused:
+            return out
         outputs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
-        if not outputs or not all(isinstance(x, Tensor) for x in outputs):
+        if not any(isinstance(x, Tensor) for x in (*tree_leaves((args, kwargs)), *outputs)):
+            pass  # such as `promote_types`: it depends on nothing but numbers
+        elif not outputs or not all(isinstance(x, Tensor) for x in outputs):
             self.fault = f"{func} returns more than tensors"
         elif func in _ALLOCATIONS:
             self._allocate(out)
@@ -113,6 +119,15 @@ class Recorder(TorchDispatchMode):
         else:
             self._operate(func, args, kwargs, outputs)
         return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Record nothing inside: Triton's own work for a launch."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     def launch(
         self,

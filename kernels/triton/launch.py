@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -140,21 +141,22 @@ def launch(
         return
     identity = identify(kernel, device, options, arguments)
     identities.launching(identity)
+    record = identities.recorder()
     try:
-        if INTERPRETED or device.index == torch.cuda.current_device():
-            compiled = kernel[grid](**arguments, **options)
-        else:
-            with torch.cuda.device(device):
+        with nullcontext() if record is None else record.pause():
+            if INTERPRETED or device.index == torch.cuda.current_device():
                 compiled = kernel[grid](**arguments, **options)
+            else:
+                with torch.cuda.device(device):
+                    compiled = kernel[grid](**arguments, **options)
     except TritonError as error:
         if INTERPRETED:
             raise
         raise refuse([identity], f"an error of Triton: {error}") from error
-    recording = identities.recorder()
-    if recording is not None:
+    if record is not None:
         if identity.state == "not yet":
-            recording.fault = "a kernel was not checked"
-        recording.launch(kernel, None if INTERPRETED else compiled, grid, device, arguments | options)
+            record.fault = "a kernel was not checked"
+        record.launch(kernel, None if INTERPRETED else compiled, grid, device, arguments | options)
 
 
 # Trust ----------------------------------------------------------------------------------------------------------

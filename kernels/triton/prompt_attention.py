@@ -33,7 +33,7 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
 Way = Literal["resident", "looped"]
 
 MAX_HEAD_DIM = 128
-MAX_PROMPT_SETS = 65535  # the second axis of a grid
+SECOND_AXIS = 65535  # the longest second axis of a grid
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -48,8 +48,8 @@ def can_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
-    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
     return can_forward(q)
 
 
@@ -108,7 +108,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            AWAIT=_awaits(q.device),
+            AWAIT=_awaits(q),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -256,15 +256,18 @@ def _backward(
     def find(kernel: Kernel) -> Config:
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
-    resident = way == "resident"
+    own = P > 0 and inputs.prompt_k.ndim == 4  # each image has its prompts
+    resident = way == "resident" and not (own and B > SECOND_AXIS)
+    images = 1
+    if resident and not own:
+        images = max(_images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS))
+    groups = triton.cdiv(B, images)
 
     # Gradients that a kernel computes but nobody needs are written to scratch.
     if image and need_k and not needs[1]:
         dk = torch.empty_like(inputs.k, memory_format=torch.contiguous_format)
     if image and need_v and not needs[2]:
         dv = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
-    images = _images_of_a_program(B, H, device) if resident and inputs.prompt_k.ndim == 3 else 1
-    groups = triton.cdiv(B, images)
     dtype = torch.float32 if inputs.shared else q.dtype
     partial_k, partial_v = (
         torch.empty((groups, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
@@ -297,11 +300,12 @@ def _backward(
             BLOCK_M=config.block_m,
             KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
             STORE_PROMPT=prompt,
+            AWAIT=_awaits(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
         if need_temperature:
-            # A separate launch, because the kernel has no registers left for it.
+            # Scores are linear in q. A separate launch, because the kernel has no registers left for it.
             products, lse2 = torch.empty_like(lse), torch.empty_like(lse)
             _row_products(q, dq, lse, products, lse2)
     else:
@@ -324,8 +328,7 @@ def _backward(
     ]
     if need_temperature:
         assert inputs.temperature is not None
-        # Scores are linear in q, so that Σ q·dq is the sum of score · d(score), and score ~ 1 / temperature.
-        t = inputs.temperature
+        t = inputs.temperature  # the products are Σ score · d(score) of each row, and score ~ 1 / temperature
         results.append((-products.sum().reshape(t.shape) / t).to(t.dtype))
     else:
         results.append(q.new_empty(0))
@@ -344,7 +347,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q.device),
+        AWAIT=_awaits(inputs.q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -360,7 +363,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q.device),
+        AWAIT=_awaits(inputs.q),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -437,12 +440,13 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
 
 
-def _awaits(device: torch.device) -> bool:
-    """Return whether loops must await a product in the pass that starts it: on Hopper.
+def _awaits(q: Tensor) -> bool:
+    """Return whether loops must await a product in the pass that starts it: on the matrix units of Hopper.
 
     There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
     """
-    return launch.architecture(device) == 90
+    units = q.element_size() == 2 or launch.input_precision(q.dtype) == "tf32"
+    return units and launch.architecture(q.device) == 90
 
 
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
@@ -452,17 +456,20 @@ def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) ->
     return max(1, triton.cdiv(tiles, splits)) * block
 
 
-def _images_of_a_program(B: int, H: int, device: torch.device) -> int:
-    """Return how many images a program of the resident backward owns: the fewest rounds, then the most images."""
-    slots = launch.multiprocessors(device)
-    best = 1, triton.cdiv(B * H, slots)
-    for waves in range(1, 4):
-        groups = min(B, waves * slots // H)
+def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
+    """Return how many images of a head a program of the resident backward owns, one of which runs on a multiprocessor.
+
+    As many as finish in the shortest time, in units of an image: so few programs that each runs from the start, or two
+    or three turns of them where these divide the images better.
+    """
+    best = 1, triton.cdiv(B * H, multiprocessors)
+    for turns in (1, 2, 3):
+        groups = min(B, turns * multiprocessors // H)
         if groups:
             images = triton.cdiv(B, groups)
-            rounds = images * triton.cdiv(triton.cdiv(B, images) * H, slots)
-            if rounds < best[1] or (rounds == best[1] and images > best[0]):
-                best = images, rounds
+            time = images * triton.cdiv(triton.cdiv(B, images) * H, multiprocessors)
+            if (time, -images) < (best[1], -best[0]):
+                best = images, time
     return best[0]
 
 

@@ -47,9 +47,10 @@ def prompt_attention_bwd_delta_kernel(
     p_do += i_b * stride_dob + i_h * stride_doh
     o0, o1 = load(rows(p_out, o_m, stride_om, ALIGNED), m_m, HEAD_DIM, D0, D1)
     do0, do1 = load(rows(p_do, o_m, stride_dom, ALIGNED), m_m, HEAD_DIM, D0, D1)
-    delta = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
+    # A product that the compiler fuses with the sum of two threads is rounded in one of them alone; a fused one is not.
+    delta = tl.sum(tl.fma(o0.to(tl.float32), do0.to(tl.float32), 0.0), 1)
     if D1 > 0:
-        delta += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
+        delta += tl.sum(tl.fma(o1.to(tl.float32), do1.to(tl.float32), 0.0), 1)
     lse = tl.load(p_lse + i_bh.to(tl.int64) * Nq + o_m, mask=m_m, other=1.0e30)
     o_padded = i_bh.to(tl.int64) * padded + o_m
     tl.store(p_delta + o_padded, delta, mask=o_m < padded)
@@ -57,23 +58,11 @@ def prompt_attention_bwd_delta_kernel(
 
 
 @triton.jit
-def _weights(s, lse2, factor, PADDED: tl.constexpr):
-    """Recompute the softmax weights from the products and the LSE; with PADDED, finite for padded keys."""
-    exponent = s * factor - lse2
-    if PADDED:
-        # A key of zeros adds nothing to dq unless its weight overflows; the weights of other keys are at most 1.
-        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(exponent)
-
-
-@triton.jit
-def transposed(
-    k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor,
-    PADDED: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
+def _transposed(
+    k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, D1: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Return weights and score gradients of a tile, keys in rows: wᵀ and w·(d(w) - delta)ᵀ."""
-    s = contract(k0, k1, q0, q1, D1, PRECISION)
-    w = _weights(s, lse2[None, :], factor, PADDED)
+    w = tl.exp2(contract(k0, k1, q0, q1, D1, PRECISION) * factor - lse2[None, :])
     dw = contract(v0, v1, do0, do1, D1, PRECISION)
     return w, w * (dw - delta[None, :])  # [BLOCK_N, BLOCK_M]
 
@@ -135,7 +124,7 @@ def prompt_attention_bwd_dkdv_kernel(
         do0, do1 = load(rows(p_do, o_m, stride_dom, ALIGNED), o_m < Nq, HEAD_DIM, D0, D1)
         lse2 = tl.load(p_lse2 + o_m)
         delta = tl.load(p_delta + o_m)
-        w, ds = transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, False, D1, PRECISION)
+        w, ds = _transposed(k0, k1, v0, v1, q0, q1, do0, do1, lse2, delta, factor, D1, PRECISION)
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
             dv0, dv1 = awaited(dv0, dv1, D1, AWAIT)
@@ -160,27 +149,30 @@ def prompt_attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, o_n, N, P, factor,
+    dq0, dq1, rest, mean, both, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, o_n, N, P, factor,
     stride_kn, stride_vn, stride_pkn, stride_pvn,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, AWAIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PADDED: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_TEMPERATURE: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
+    """Add a tile of keys to dq, and to the sums of ds, w·log(w) and ds·log(w) of each row, with weights w."""
     m_n = o_n < N + P
     k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
-    w = _weights(contract(q0, q1, k0, k1, D1, PRECISION), lse2[:, None], factor, PADDED)
-    ds = w * (contract(do0, do1, v0, v1, D1, PRECISION) - delta[:, None])  # [BLOCK_M, BLOCK_N]
-    dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
-    return awaited(dq0, dq1, D1, AWAIT)
-
-
-@triton.jit
-def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
-    """Return Σ a·b of each row. (Triton 3.6 cannot compile the sum over a whole tile for Blackwell.)"""
-    product = tl.sum(a0.to(tl.float32) * b0, 1)
-    if D1 > 0:
-        product += tl.sum(a1.to(tl.float32) * b1, 1)
-    return product  # [BLOCK]
+    dw = contract(do0, do1, v0, v1, D1, PRECISION)  # first, which takes fewer registers
+    log = contract(q0, q1, k0, k1, D1, PRECISION) * factor - lse2[:, None]  # [BLOCK_M, BLOCK_N]
+    if PADDED:
+        log = tl.where(m_n[None, :], log, -1.0e30)
+    w = tl.exp2(log)
+    ds = w * (dw - delta[:, None])
+    if NEED_TEMPERATURE:
+        rest += tl.sum(ds, 1)
+        mean += tl.sum(w * log, 1)
+        both += tl.sum(ds * log, 1)
+    if NEED_Q:
+        dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+        dq0, dq1 = awaited(dq0, dq1, D1, AWAIT)
+    return dq0, dq1, rest, mean, both
 
 
 @triton.jit(do_not_specialize=("Nq", "N", "P", "T"), do_not_specialize_on_alignment=("p_temperature",))
@@ -196,7 +188,7 @@ def prompt_attention_bwd_dq_kernel(
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     AWAIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one tile of queries, and q·dq of each row, whose sum gives d(temperature)."""
+    """Compute dq of one tile of queries, and Σ score · d(score) of each row, whose sum gives d(temperature)."""
     tiles = tl.cdiv(Nq, BLOCK_M)
     i_bh = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -218,29 +210,34 @@ def prompt_attention_bwd_dq_kernel(
     lse2 = tl.load(p_lse2 + i_bh.to(tl.int64) * padded + o_m, mask=m_m, other=1.0e30)
     delta = tl.load(p_delta + i_bh.to(tl.int64) * padded + o_m, mask=m_m, other=0.0)
     dq0, dq1 = zeros(BLOCK_M, D0, D1)
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    both = tl.zeros([BLOCK_M], tl.float32)
     whole = N + P
     if not MASK_ALL:
         whole = whole // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
-        dq0, dq1 = _dq_step(
-            dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, start + tl.arange(0, BLOCK_N), N, P,
-            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, MASK_ALL, ALIGNED, PRECISION,
-            AWAIT,
+        dq0, dq1, rest, mean, both = _dq_step(
+            dq0, dq1, rest, mean, both, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv,
+            start + tl.arange(0, BLOCK_N), N, P, factor, stride_kn, stride_vn, stride_pkn, stride_pvn,
+            HEAD_DIM, D0, D1, MASK_ALL, NEED_Q, NEED_TEMPERATURE, ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
     if TAIL > 0:
-        dq0, dq1 = _dq_step(
-            dq0, dq1, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv, whole + tl.arange(0, TAIL), N, P,
-            factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION, AWAIT,
+        dq0, dq1, rest, mean, both = _dq_step(
+            dq0, dq1, rest, mean, both, q0, q1, do0, do1, lse2, delta, p_k, p_v, p_pk, p_pv,
+            whole + tl.arange(0, TAIL), N, P, factor, stride_kn, stride_vn, stride_pkn, stride_pvn,
+            HEAD_DIM, D0, D1, True, NEED_Q, NEED_TEMPERATURE, ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
-    natural = factor * 0.6931471805599453
-    dq0 *= natural
-    dq1 *= natural
     if NEED_Q:
+        natural = factor * 0.6931471805599453
         p_row = rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_m, stride_dqm, ALIGNED)
-        store(p_row, m_m, dq0, dq1, HEAD_DIM, D0, D1)
+        store(p_row, m_m, dq0 * natural, dq1 * natural, HEAD_DIM, D0, D1)
     if NEED_TEMPERATURE:
-        p_row = p_products + i_bh.to(tl.int64) * Nq + o_m
-        tl.store(p_row, dot_rows(q0, q1, dq0, dq1, D1), mask=m_m)
+        # Delta of the rounded output leaves a rest, Σ ds of a row, which is 0 otherwise: large scores times this rest
+        # would be most of the result. Less the rest, it depends neither on delta nor on what is added to all scores of
+        # a row, so that the weights' logarithms do for the scores.
+        product = (both - rest * mean) * 0.6931471805599453
+        tl.store(p_products + i_bh.to(tl.int64) * Nq + o_m, product, mask=m_m)
 
 
 @triton.jit(do_not_specialize=("B",))

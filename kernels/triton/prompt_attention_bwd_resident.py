@@ -11,6 +11,7 @@ import triton.language as tl
 from fastprompt.kernels.triton.prompt_attention_bwd import store_keys
 from fastprompt.kernels.triton.tiles import (
     accumulate,
+    awaited,
     contract,
     key_rows,
     load,
@@ -22,7 +23,9 @@ from fastprompt.kernels.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=("B", "images", "Nq", "N", "P", "T"))
+@triton.jit(
+    do_not_specialize=("B", "images", "Nq", "N", "P", "T"), do_not_specialize_on_alignment=("p_temperature",)
+)
 def prompt_attention_bwd_resident_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_do, p_lse,
     p_dq, p_dk, p_dv, p_dpk, p_dpv,
@@ -34,6 +37,7 @@ def prompt_attention_bwd_resident_kernel(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
     STORE_PROMPT: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of one head of `images` images; those of the prompts are sums over these images."""
     i_group = tl.program_id(1)
@@ -80,7 +84,9 @@ def prompt_attention_bwd_resident_kernel(
             delta = tl.sum(product, 0)
             ds = (product - w * delta[None, :]).to(k0.dtype)  # [KEYS, BLOCK_M]
             dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
+            dv0, dv1 = awaited(dv0, dv1, D1, AWAIT)
             dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
+            dk0, dk1 = awaited(dk0, dk1, D1, AWAIT)
             dq0 = tl.trans(tl.dot(tl.trans(k0), ds, input_precision=PRECISION)) * natural
             dq1 = dq0
             if D1 > 0:

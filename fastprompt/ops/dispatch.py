@@ -27,7 +27,7 @@ import torch
 
 from fastprompt.kernels import native
 from fastprompt.kernels.identities import Refused
-from fastprompt.ops import replay, trust
+from fastprompt.ops import profile, replay, trust
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -293,6 +293,7 @@ class _TritonKernel(Kernel):
     def __getattr__(self, name: str) -> Any:
         if name not in ("run", "can_run"):
             raise AttributeError(name)
+        profile.apply_tiles()
         module = _import_triton(self.module)
         self.run, self.can_run = getattr(module, self.function), getattr(module, f"can_{self.function}")
         return self.__dict__[name]

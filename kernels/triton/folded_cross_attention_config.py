@@ -132,6 +132,11 @@ def choose(
     return replace(chosen, block_k=chosen.block_k // 2, block_d=chosen.block_d // (2 if norm else 1))
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates for one entry; with more rows per program, the matrices are read less often."""
     if key.itemsize == 4:

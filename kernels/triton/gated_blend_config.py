@@ -38,6 +38,11 @@ def choose(architecture: int, kernel: Kernel, width: int, norm: bool) -> Config:
     return TABLE[Key(architecture, kernel, rounded(width), norm)]
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates for `TABLE[key]`."""
     return sizes(key.width)

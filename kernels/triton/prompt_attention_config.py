@@ -35,6 +35,8 @@ class Config:
 
 
 # Compiled for every architecture, measured on none yet (docs/performance.md). Architecture 0 is the interpreter.
+# On architecture 100 heads in two pieces have one stage: Triton up to 3.8 pipelines two products on one sum wrongly
+# (triton-lang/triton#10821).
 TABLE: dict[Key, Config] = {
     Key(0, "fwd", 64, "one", 2): Config(16, 128, 4, 1),
     Key(0, "fwd", 64, "short", 2): Config(128, 0, 4, 1),
@@ -190,6 +192,11 @@ def tail(keys: int, block: int) -> int:
     """Return the tile for the keys left over by whole tiles of `block`: a power of two from 16, or 0."""
     rest = keys % block
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+
+
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
 
 
 def candidates(key: Key) -> list[Config]:

@@ -59,6 +59,11 @@ def rounded(width: int) -> int:
     return next(w for w in BY_WIDTH if w >= width)
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates for `TABLE[key]`."""
     return sizes(key.width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_products_of_float32_are_as_asked(
     asked: str, torch_allows: str, want: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FP32", asked)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", torch_allows)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=torch_allows))
     assert launch.input_precision(torch.float32) == want
     assert launch.input_precision(torch.bfloat16) == "ieee"
 

@@ -8,6 +8,7 @@ NumPy on CPU tensors, to check indexing and algebra. With a `recorder` set, the 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # The table of configurations by compute capability; Ada and consumer Blackwell use Ampere's instructions.
 ARCHITECTURES = {9: 90, 10: 100}
+# Products of float32: "auto" (TF32 where torch allows it, else IEEE), "ieee" or "tf32x3".
+FP32: str = os.environ.get("FASTPROMPT_FP32", "auto").strip().lower() or "auto"
 
 
 class Recorder(Protocol):
@@ -105,10 +108,22 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """Return the precision of products of `dtype`: IEEE, unless torch may use TF32 for its own float32 products."""
+    """Return the precision of products of `dtype`: for float32 what ``FASTPROMPT_FP32`` says, else IEEE.
+
+    "tf32x3" is three TF32 products of the upper and lower halves of the operands. It is no default: tensor cores
+    truncate their sums, which by emulation makes 1.5 times the error of IEEE products over 64 terms and 5 times over
+    768, more than the factor of 2 that this package allows itself.
+
+    Raises:
+        ValueError: ``FASTPROMPT_FP32`` has an unknown value.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if FP32 not in ("auto", "ieee", "tf32x3"):
+        raise ValueError(f"`FASTPROMPT_FP32`: {FP32!r} is not supported; use 'auto', 'ieee' or 'tf32x3'")
     # torch.get_float32_matmul_precision raises after the newer switch has been set.
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return FP32 if FP32 != "auto" else "tf32" if allowed else "ieee"
 
 
 def aligned(*tensors: Tensor) -> bool:

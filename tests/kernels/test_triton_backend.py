@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,31 @@ def test_eager_runs_float64_unless_a_backend_is_named() -> None:
     with dispatch.use_backend("auto"):
         got = prompt_attention(**inputs)  # type: ignore[arg-type]
     assert_same(got, prompt_attention_reference(**inputs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_allows", "want"),
+    [
+        ("auto", "ieee", "ieee"),
+        ("auto", "tf32", "tf32"),
+        ("ieee", "tf32", "ieee"),
+        ("tf32x3", "ieee", "tf32x3"),
+        ("tf32x3", "tf32", "tf32x3"),
+    ],
+)
+def test_products_of_float32_are_as_asked(
+    asked: str, torch_allows: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FP32", asked)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=torch_allows))
+    assert launch.input_precision(torch.float32) == want
+    assert launch.input_precision(torch.bfloat16) == "ieee"
+
+
+def test_an_unknown_precision_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FP32", "fp8")
+    with pytest.raises(ValueError, match=r"`FASTPROMPT_FP32`: 'fp8' is not supported; use 'auto', 'ieee' or"):
+        launch.input_precision(torch.float32)
 
 
 # The table -------------------------------------------------------------------------------------------------------

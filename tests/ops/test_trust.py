@@ -21,7 +21,7 @@ from bench.correctness import Oracle
 from fastprompt.kernels import identities
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton import prompt_attention as kernels
-from fastprompt.kernels.triton.gated_blend import gated_blend_fwd_kernel
+from fastprompt.kernels.triton.residual_norm_kernels import residual_norm_fwd_kernel
 from fastprompt.ops import attention_choice, dispatch, prompt_attention, prompt_attention_reference, trust
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +96,7 @@ def test_a_right_kernel_is_checked_once_and_then_trusted(
     launches = falsify(lambda *_: None)
     inputs = blend_inputs()
     forms.run_blend(**inputs)
-    assert launches == ["gated_blend_fwd_kernel"]
+    assert launches == ["residual_norm_fwd_kernel"]
     assert states() == {"trusted"}
     monkeypatch.setattr(trust, "_compare", lambda *_: pytest.fail("checked again"))
     forms.run_blend(**{n: x[:1] if x.ndim == 3 else x for n, x in inputs.items()})
@@ -109,7 +109,7 @@ def test_a_wrong_forward_is_refused_once_and_the_right_numbers_are_returned(fals
     with pytest.warns(RuntimeWarning) as caught:
         got = forms.run_blend(**inputs)
     (warning,) = [str(w.message) for w in caught]
-    for part in ("gated_blend_fwd_kernel", "off by", "triton", "TRITON_PTXAS_PATH", "report"):
+    for part in ("residual_norm_fwd_kernel", "off by", "triton", "TRITON_PTXAS_PATH", "report"):
         assert part in warning
     assert launch.toolchain(torch.device(DEVICE)) in warning
     Oracle(partial(forms.run_blend, backend="eager"), inputs, backward=False).check({"output": got})
@@ -205,7 +205,7 @@ def test_an_error_of_triton_is_reported_once_and_eager_runs(monkeypatch: pytest.
     def fail(self: Any, grid: Any) -> Any:
         raise OutOfResources(232448, 101376, "shared memory")
 
-    monkeypatch.setattr(type(gated_blend_fwd_kernel), "__getitem__", fail)
+    monkeypatch.setattr(type(residual_norm_fwd_kernel), "__getitem__", fail)
     inputs = blend_inputs()
     if launch.INTERPRETED:  # an error of the interpreter is a bug
         with pytest.raises(OutOfResources):
@@ -316,7 +316,7 @@ def test_the_table_of_backends_shows_what_was_checked(falsify: Any) -> None:
         forms.run_blend(**blend_inputs())
     first, second = str(fastprompt.backends()).splitlines()[-2:]
     assert first == "Triton kernels checked on first use: 1 trusted, 1 refused"
-    assert "refused: gated_blend_fwd_kernel (float32" in second
+    assert "refused: residual_norm_fwd_kernel (float32" in second
     assert "off by" in second
 
 

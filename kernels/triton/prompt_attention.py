@@ -34,7 +34,7 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
 Way = Literal["resident", "looped"]
 
 MAX_HEAD_DIM = 128
-MAX_PROMPT_SETS = 65535  # the second axis of a grid
+SECOND_AXIS = 65535  # the longest second axis of a grid
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -49,8 +49,8 @@ def can_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
-    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
     return can_forward(q)
 
 
@@ -258,11 +258,11 @@ def _backward(
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
     own = P > 0 and inputs.prompt_k.ndim == 4  # each image has its prompts
-    resident = way == "resident" and not (own and B > MAX_PROMPT_SETS)
+    resident = way == "resident" and not (own and B > SECOND_AXIS)
     images = 1
     if resident and not own:
         images = max(
-            _images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, MAX_PROMPT_SETS)
+            _images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS)
         )
     groups = triton.cdiv(B, images)
 

@@ -8,6 +8,7 @@ Whole models are compared with the papers' form, :mod:`bench.papers`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,10 @@ def joined(function: Attention) -> Attention:
 
 
 def sdpa(name: str) -> Attention:
-    """Return `F.scaled_dot_product_attention`, held to one of `SDPA`."""
+    """Return `F.scaled_dot_product_attention`, held to one of `SDPA`; "any" leaves the choice to PyTorch."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPA[name]):
+        with nullcontext() if name == "any" else sdpa_kernel(SDPA[name]):
             return F.scaled_dot_product_attention(q, k, v)
 
     return joined(attention)
@@ -64,16 +65,26 @@ def products(
     prompt_v: Tensor | None = None,
     *,
     temperature: Tensor | None = None,
+    softmax: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return attention by matrix products and a softmax: the definition, in the inputs' dtype.
 
-    `temperature` has one element, or one for each score row, [B, H, N, 1].
+    `temperature` has one element, or one for each score row, [B, H, N, 1]. `softmax` replaces PyTorch's.
     """
     scores = torch.matmul(q.transpose(1, 2), join(k, prompt_k).mT) * q.shape[-1] ** -0.5
     if temperature is not None:
         scores = scores / temperature
-    weights = scores.softmax(-1).to(v.dtype)
+    weights = (scores.softmax(-1) if softmax is None else softmax(scores)).to(v.dtype)
     return torch.matmul(weights, join(v, prompt_v)).transpose(1, 2).contiguous()
+
+
+def softmax_from_lse(scores: Tensor) -> Tensor:
+    """Return a softmax that has the roundings of large scores, in float32 or better: what flash kernels are judged by.
+
+    A backward that keeps the log-sum-exp and makes the weights again, as PyTorch's own attention has it, has them too.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attention:
@@ -85,6 +96,14 @@ def flex(*, compiled: bool, mode: str = "max-autotune-no-cudagraphs") -> Attenti
 
 
 # The other operations -----------------------------------------------------------------------------------------------
+
+
+def residual(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return the residual add x + delta [B, N, D], and the LayerNorm that follows, cast for the next Linear."""
+    y = x + delta
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps).to(delta.dtype)
 
 
 def blend(

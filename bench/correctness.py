@@ -19,19 +19,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from fastprompt.ops.rounding import DRAWS, RandomRounding, allowed, chance
 
 Inputs: TypeAlias = Mapping[str, Tensor | None]
 Results: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any] | None
 Function: TypeAlias = Callable[..., Any]
 
-# Operators that move numbers and round nothing.
-COPIES = frozenset(f"aten::{name}" for name in ("_to_copy", "cat", "clone", "copy_", "index_select", "stack"))
-# How often eager runs with its intermediate results rounded at random, and how many deviations from the mean may be
-# chance: one in 10^9 for a normal distribution, so that no seed and no machine meets it.
-DRAWS = 16
-DEVIATIONS = 6.0
 # float64 holds 53 bits. Orders of summation may differ in the last 17 of a tensor's own size, or, for sums that cancel
 # to nothing, in the last 13 of the largest tensor that is compared with it.
 SAME, SAME_AS_LARGEST = 2.0**-36, 2.0**-40
@@ -187,7 +181,7 @@ class _Yardstick:
         for name, error in self.usual.items():
             if not math.isfinite(error):
                 raise ValueError(f"{name}: plain PyTorch gives NaN or infinity, which measures nothing")
-        self._errors: dict[str, Tensor] = {}
+        self._errors: dict[str, list[float]] = {}
 
     def check(self, got: Results) -> float:
         pairs = _pairs(got, self.exact)
@@ -202,18 +196,15 @@ class _Yardstick:
             if x.numel() == 0:
                 continue
             error, size, usual = _norm(x.double() - want), _norm(want), self.usual[name]
-            finfo = torch.finfo(x.dtype)
-            rounding = finfo.eps * (size + finfo.smallest_normal * math.sqrt(x.numel()))
-            allowed = 2 * usual + rounding
-            if not error <= allowed:
-                typical, spread = self._chance(name)
-                allowed = 2 * max(usual, typical) + DEVIATIONS * spread + rounding
-            if not error <= allowed:
+            most = allowed(x.dtype, size, x.numel(), usual)
+            if not error <= most:
+                most = allowed(x.dtype, size, x.numel(), usual, *self._chance(name))
+            if not error <= most:
                 raise WrongResult(
-                    f"{name}: off by {error:.2e}, plain PyTorch by {usual:.2e}; {allowed:.2e} is allowed; "
+                    f"{name}: off by {error:.2e}, plain PyTorch by {usual:.2e}; {most:.2e} is allowed; "
                     f"its norm is {size:.2e}"
                 )
-            if size > allowed:
+            if size > most:
                 worst = max(worst, error / size)
         return worst
 
@@ -225,52 +216,13 @@ class _Yardstick:
             typical = _norm(want) * math.hypot(*self.usual.values()) / sizes if sizes else 0.0
             return typical, typical / math.sqrt(want.numel())
         if not self._errors:
-            errors: dict[str, list[float]] = {}
+            self._errors = {name: [] for name in self.exact}
             for seed in range(DRAWS):
-                with _RandomRounding(seed):
+                with RandomRounding(seed):
                     drawn = self.perturbed()
                 for key, (x, exact) in _pairs(drawn, self.exact).items():
-                    errors.setdefault(key, []).append(_norm(x.double() - exact))
-            self._errors = {key: torch.tensor(e, dtype=torch.float64) for key, e in errors.items()}
-        squares = self._errors[name].square()
-        mean = squares.mean().item()
-        # The squared norm of n independent errors varies by 2 / n of its square; that of a few large or dependent ones
-        # by more, as the draws show.
-        variation = (squares / mean).var().item() if mean else 0.0
-        return math.sqrt(mean), math.sqrt(mean * max(variation / 2, 1 / want.numel()))
-
-
-class _RandomRounding(TorchDispatchMode):
-    """Round each result of an operator once more, at random, and change it by up to two units of float32.
-
-    The first has the variance of a rounding, 1/12 of a square unit in the last place: one number in twelve moves to a
-    neighbour. The second stands for the sums inside the operator, which are kept in float32 at least: processors add up
-    in different orders, and fused kernels make some results twice.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-        self.generators: dict[torch.device, torch.Generator] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        return out if is_view or func._schema.name in COPIES else tree_map_only(Tensor, self._round, out)
-
-    def _round(self, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            generator = self.generators.get(x.device)
-            if generator is None:
-                generator = self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-            u, w = torch.rand(2, *x.shape, generator=generator, dtype=torch.float64, device=x.device)
-            # A little more than half a unit, so that a power of two moves as well.
-            rounding = 0.51 * torch.finfo(x.dtype).eps * ((u > 23 / 24).double() - (u < 1 / 24).double())
-            x.copy_(x.double() * (1 + rounding + torch.finfo(torch.float32).eps * (4 * w - 2)))
-        return x
+                    self._errors[key].append(_norm(x.double() - exact))
+        return chance(self._errors[name], want.numel())
 
 
 def _norm(x: Tensor) -> float:

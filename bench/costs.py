@@ -4,8 +4,9 @@
 
 For each model, method and number of prompts P: the operations of the matrix products of a forward and of a training
 step, and the bytes that the forward keeps for its backward; for fastprompt and for the papers' form
-(:mod:`bench.papers`). Counted on the meta device, so that the numbers depend on no machine: fastprompt by its `eager`
-backend, and PyTorch's SDPA as its fused operator, whose backward recomputes the scores.
+(:mod:`bench.papers`). For ViT-B also with each part of the blocks recomputed in the backward (`recompute=`). Counted
+on the meta device, so that the numbers depend on no machine: fastprompt by its `eager` backend, and PyTorch's SDPA as
+its fused operator, whose backward recomputes the scores.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import timm
 import torch
@@ -27,6 +28,7 @@ import fastprompt
 from bench.measure import saved_bytes
 from bench.models import CLASSES, METHODS
 from bench.papers import paper_model
+from fastprompt.blocks import Recompute
 
 TABLE = Path(__file__).parent / "results" / "costs.json"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
@@ -35,14 +37,17 @@ BATCH = 8
 
 
 class Setting(NamedTuple):
-    """One row of the table: a timm model, a method of :data:`bench.models.METHODS`, and P."""
+    """One row of the table: a timm model, a method of :data:`bench.models.METHODS`, P, and what is recomputed."""
 
     model: str
     method: str
     P: int
+    recompute: Recompute | None = None
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.model}, P={self.P}"
+        return f"{self.method} on {self.model}, P={self.P}" + (
+            f", {self.recompute}" if self.recompute else ""
+        )
 
 
 class Cost(NamedTuple):
@@ -60,7 +65,15 @@ class Row(NamedTuple):
     papers: Cost
 
 
-SETTINGS = [Setting(m, method, P) for m in MODELS for method in METHODS for P in PROMPTS]
+PLAIN = [Setting(m, method, P) for m in MODELS for method in METHODS for P in PROMPTS]
+# VPT-Deep with each P, the other methods with one.
+RECOMPUTED = [
+    Setting(MODELS[1], method, P, part)
+    for method in METHODS
+    for P in (PROMPTS if method == "vpt-deep" else PROMPTS[1:2])
+    for part in get_args(Recompute)
+]
+SETTINGS = PLAIN + RECOMPUTED
 
 
 def count(setting: Setting) -> Row:
@@ -68,7 +81,7 @@ def count(setting: Setting) -> Row:
     with torch.device("meta"):
         base: Any = timm.create_model(setting.model, num_classes=CLASSES)
     config = METHODS[setting.method](setting.P, len(base.blocks))
-    model = fastprompt.get_prompt_model(base, config).train()
+    model = fastprompt.get_prompt_model(base, config, recompute=setting.recompute).train()
     with fastprompt.use_backend("eager"):
         return Row(cost(model), cost(paper_model(model)))
 
@@ -113,7 +126,9 @@ def read(path: Path = TABLE) -> dict[Setting, Row]:
     """Read the committed table."""
     rows = json.loads(path.read_text())["rows"]
     return {
-        Setting(row["model"], row["method"], row["P"]): Row(Cost(**row["ours"]), Cost(**row["papers"]))
+        Setting(row["model"], row["method"], row["P"], row["recompute"]): Row(
+            Cost(**row["ours"]), Cost(**row["papers"])
+        )
         for row in rows
     }
 
@@ -144,14 +159,37 @@ def readable(table: dict[Setting, Row]) -> str:
             "| Method | P | forward | training step | kept for the backward |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for setting, (ours, papers) in table.items():
-            if setting.model == model:
-                cells = [
-                    f"{mine / unit:,.1f} ({mine / theirs:.3f})"
-                    for mine, theirs, unit in zip(ours, papers, (1e9, 1e9, 1e6), strict=True)
-                ]
-                lines.append(f"| {setting.method} | {setting.P} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for setting, row in table.items():
+            if setting.model == model and setting.recompute is None:
+                lines.append(f"| {setting.method} | {setting.P} | {' | '.join(_cells(row))} |")
+    return "\n".join([*lines, "", *recomputed(table)]) + "\n"
+
+
+def recomputed(table: dict[Setting, Row]) -> Iterator[str]:
+    """Write the lines of the second table: what each `recompute` keeps, and the operations of a training step."""
+    yield "## Recomputing in the backward (`recompute=`)"
+    for model, method in dict.fromkeys((s.model, s.method) for s in table if s.recompute is not None):
+        yield from ("", f"{method} on {model}", "")
+        yield "| P | recomputed | training step | times that of nothing | kept for the backward |"
+        yield "| --- | --- | --- | --- | --- |"
+        for setting, row in table.items():
+            if setting.recompute is None or (setting.model, setting.method) != (model, method):
+                continue
+            nothing = table[setting._replace(recompute=None)]
+            if setting.recompute == get_args(Recompute)[0]:
+                _, step, kept = _cells(nothing)
+                yield f"| {setting.P} | nothing | {step} | 1 | {kept} |"
+            _, step, kept = _cells(row)
+            factor = row.ours.training / nothing.ours.training
+            yield f"| {setting.P} | {setting.recompute} | {step} | {factor:.3f} | {kept} |"
+
+
+def _cells(row: Row) -> list[str]:
+    """Return forward, training step and bytes, each with the ratio to the papers' form in brackets."""
+    return [
+        f"{mine / unit:,.1f} ({mine / theirs:.3f})"
+        for mine, theirs, unit in zip(row.ours, row.papers, (1e9, 1e9, 1e6), strict=True)
+    ]
 
 
 def changes(table: dict[Setting, Row], settings: Iterable[Setting] = SETTINGS) -> Iterator[str]:

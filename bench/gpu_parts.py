@@ -1,7 +1,9 @@
 """The parts of `bench.gpu_check`, each run in a process of its own: `python -m bench.gpu_parts NAME --out DIR`.
 
 A part appends each record to DIR/records.jsonl at once, one a line, and stops by itself when its seconds are spent.
-Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind": "note", "text"}.
+Records: {"kind": "row", ...}, {"kind": "check", "name", "ok", "detail"}, {"kind": "note", "text"},
+{"kind": "kernel", "name", "ran"}: what ran on the device; {"kind": "done", "name"}: a comparison that need not be
+measured again; and `bench.gpu_check` adds {"kind": "part", ...} and {"kind": "clock", ...}.
 """
 
 from __future__ import annotations
@@ -11,44 +13,20 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fastprompt
-from bench import measure, models, numerics, ops
-from bench.cases import NAMES, load
-
-Record = dict[str, Any]
-
-
-@dataclass
-class Settings:
-    """The settings of a part: `dry` runs tiny shapes on a CPU; `shard` i of n takes every n-th round of the sweep."""
-
-    dry: bool
-    end: float
-    shard: tuple[int, int] = (0, 1)
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.dry else 20
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() > self.end
-
-
-def note(text: str) -> Record:
-    return {"kind": "note", "text": text}
+from bench import gpu_models, gpu_report, numerics, ops
+from bench.cases import NAMES, load, prompt_attention
+from bench.gpu_records import Record, Settings, note, timed
+from fastprompt.calibration import timing
+from fastprompt.calibration.exact import is_lost
+from fastprompt.kernels.identities import Refused
+from fastprompt.ops import profile
 
 
 def numerics_part(settings: Settings) -> Iterator[Record]:
@@ -80,6 +58,8 @@ def modes_part(settings: Settings) -> Iterator[Record]:
 def _check(name: str, check: Callable[[], str]) -> Record:
     try:
         return {"kind": "check", "name": name, "ok": True, "detail": check()}
+    except Refused as error:  # a kernel that does not compile, or does not fit
+        return _failed(name, error)
     except NotImplementedError as error:  # a backend that says why it does not support the call
         return note(f"{name.rpartition(': ')[0]}: {ops.first_line(error)}")
     except Exception as error:
@@ -98,28 +78,45 @@ def operations_part(settings: Settings, names: Sequence[str], autotuned: bool = 
     """
     if names == NAMES[:1]:
         yield from _ceilings(settings)
-    size = ops.Size(128, 197, 12, 768, torch.bfloat16, "cuda")
-    if settings.dry:
-        size = ops.Size(2, 17, 3, 24, torch.float32, "cpu")
-    for case in chain.from_iterable(load(name).cases(size) for name in names):
-        if autotuned and not case.autotuned:
-            continue
-        for mode in (ops.FORWARD, ops.BOTH):
-            rows = partial(ops.rows, case, mode, settings.rounds, settings.device, autotuned)
-            yield from _timed(settings, f"{case.name}, {mode}", rows)
-        yield from map(note, case.notes)
+    cases = chain.from_iterable(load(name).cases(settings.size) for name in names)
+    for case in cases:
+        if not autotuned or case.autotuned:
+            yield from _timed_case(settings, case, autotuned)
 
 
-def _timed(settings: Settings, name: str, rows: Callable[[], Iterable[measure.Row]]) -> Iterator[Record]:
-    """Yield the rows of a comparison, or a note that the time ended before it or that it failed."""
-    if settings.over:
-        yield note(f"{name}: the time ended before it")
-        return
+def longer_part(settings: Settings) -> Iterator[Record]:
+    """Time attention at the lengths of 384 and 518 pixels, and models of these."""
+    for case in prompt_attention.longer(settings.size):
+        yield from _timed_case(settings, case)
+    yield from gpu_models.longer(settings)
+
+
+def _timed_case(settings: Settings, case: ops.Case, autotuned: bool = False) -> Iterator[Record]:
+    for mode in (ops.FORWARD, ops.BOTH):
+        name = f"{case.name}, {mode}"
+        rows = partial(ops.rows, case, mode, settings.rounds, settings.device, autotuned)
+        yield from timed(settings, name, rows)
+        for provider in ("sdpa any", "fastprompt triton"):
+            if provider in case.competitors and not settings.skips(name):
+                yield from _ran(f"{name}: {provider}", partial(_once, case, mode, provider, settings.device))
+    yield from map(note, case.notes)
+
+
+def _once(case: ops.Case, mode: str, provider: str, device: str) -> None:
+    ops.steps(case, mode, [provider], device)[provider][0]()
+
+
+def _ran(name: str, step: timing.Step) -> Iterator[Record]:
+    """Say which kernels ran, those that took longest first, if a profiler is there."""
     try:
-        for row in rows():
-            yield {"kind": "row", **row.to_dict()}
+        with torch.profiler.profile() as profiler:
+            step()
+        events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+        events.sort(key=lambda e: -e.self_device_time_total)
+        if events:
+            yield {"kind": "kernel", "name": name, "ran": [e.key[:120] for e in events[:4]]}
     except Exception as error:
-        yield note(f"{name}: {type(error).__name__}: {ops.first_line(error)}")
+        yield note(f"{name}: no profile: {ops.first_line(error)}")
 
 
 def _ceilings(settings: Settings) -> Iterator[Record]:
@@ -130,85 +127,54 @@ def _ceilings(settings: Settings) -> Iterator[Record]:
     copy = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=settings.device, dtype=dtype) for _ in range(2))
     steps = {"copy": lambda: copy.copy_(source), "product": lambda: a @ b}
-    times = measure.interleaved(steps, 5, settings.device)
+    times = timing.interleaved(steps, 5, settings.device)
     yield note(
         f"ceilings: a copy moves {2 * size / times['copy']['p50'] / 1e9:.2f} TB/s, "
         f"an {side}-square product makes {2 * side**3 / times['product']['p50'] / 1e9:.0f} TFLOP/s"
     )
 
 
-def models_part(settings: Settings, compiled: bool = False) -> Iterator[Record]:
-    """Time whole models; compiled ones in training only, since one comparison can take the part's time."""
-    setting = models.Setting("vit_base_patch16_224", 224, 128, torch.bfloat16, "cuda", 10, ("cudnn", "flash"))
-    plan = [
-        ("vpt-deep", 50),
-        ("gate-vpt", 50),
-        ("cvpt", 10),
-        ("vpt-deep", 100),
-        ("vpt-deep", 10),
-        ("cvpt", 20),
-    ]
-    if settings.dry:
-        tiny = models.Setting("test_vit", 48, 2, torch.float32, "cpu", 1, ("flash",))
-        setting, plan = replace(tiny, compiler="aot_eager", depth=2), plan[:1]
-    if compiled:
-        plan = [one for one in plan if one[0] == "vpt-deep"]
-        setting = replace(setting, compiled=True, kernels=())
-    base = models.backbone(setting)
-    modes = (models.TRAINING,) if compiled else (models.TRAINING, models.INFERENCE)
-    for method, P in plan:
-        notes: list[str] = []
-
-        def rows(method: str = method, P: int = P, notes: list[str] = notes) -> Iterator[measure.Row]:
-            comparison = models.comparison(method, P, setting, base)
-            comparison.notes = notes
-            return models.rows(comparison, modes)
-
-        yield from _timed(settings, f"{method} P={P}{', compiled' if compiled else ''}", rows)
-        yield from map(note, notes)
-
-
 PARTS: dict[str, Callable[[Settings], Iterable[Record]]] = {
     "numerics": numerics_part,
+    "ptxas": numerics_part,  # with another assembler
     "modes": modes_part,
     **{name: partial(operations_part, names=(name,)) for name in NAMES},
     "autotuned": partial(operations_part, names=NAMES, autotuned=True),
-    "models": models_part,
-    "compiled": partial(models_part, compiled=True),
+    "longer": longer_part,
+    **gpu_models.PARTS,
 }
-
-
-# What torch and Triton say of an error that outlives the call.
-LOST = ("CUDA error", "Triton Error [CUDA]: an illegal", "Triton Error [CUDA]: unspecified launch failure")
 
 
 def until_the_device_is_lost(records: Iterable[Record]) -> Iterator[Record]:
     """Yield the records up to a CUDA error, after which nothing in the process works."""
     for record in records:
         yield record
-        text = record.get("detail", record.get("text", ""))
-        if any(sign in text for sign in LOST):
+        if is_lost(record.get("detail", record.get("text", ""))):
             yield note("after a CUDA error: the rest of this part was not run")
             return
 
 
 def run(name: str, settings: Settings, path: Path, label: str) -> int:
     """Run part `name`, append its records to `path`, print a summary; 1 if a check failed."""
-    good = bad = rows = 0
+    good = bad = rows = done = 0
     with path.open("a") as file:
         for record in until_the_device_is_lost(PARTS[name](settings)):
             file.write(json.dumps({"part": label, **record}) + "\n")
             file.flush()
             rows += record["kind"] == "row"
+            done += record["kind"] == "done"
             if record["kind"] == "check":
                 good, bad = good + record["ok"], bad + (not record["ok"])
                 if not record["ok"]:
                     print(f"FAILED {record['name']}: {record['detail']}", flush=True)
             elif record["kind"] == "note":
                 print(record["text"], flush=True)
-    counts = [f"{rows} rows"] if rows else []
+    counts = [f"{n} {what}" for n, what in ((rows, "rows"), (done, "comparisons done")) if n]
     counts += [f"{good} checks passed, {bad} failed"] if good or bad else []
-    print("; ".join(counts) or "nothing found", flush=True)
+    here = profile.machine()
+    print(
+        f"{'; '.join(counts) or 'nothing found'}; triton {here['triton']}, ptxas {here['ptxas']}", flush=True
+    )
     return 1 if bad else 0
 
 
@@ -223,10 +189,12 @@ def main() -> int:
     given = parser.parse_args()
     i, n = (int(x) for x in given.shard.split("/"))
     torch.manual_seed(i)
-    settings = Settings(given.dry_run_cpu, time.monotonic() + given.seconds, (i, n))
     label = given.name or given.part
+    path = given.out / "records.jsonl"
+    done = frozenset(r["name"] for r in gpu_report.collect(path)["dones"] if r["part"] == label)
+    settings = Settings(given.dry_run_cpu, time.monotonic() + given.seconds, (i, n), done)
     print(fastprompt.backends(), flush=True)
-    return run(given.part, settings, given.out / "records.jsonl", label)
+    return run(given.part, settings, path, label)
 
 
 if __name__ == "__main__":

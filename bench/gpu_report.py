@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.report import pairs
 
 Found = dict[str, list[dict[str, Any]]]
+KINDS = ("row", "check", "note", "kernel", "done", "part", "clock")
 
 
 def collect(records: Path) -> Found:
-    """Return the records by kind: "rows", "checks", "notes". A line cut short by a crash is left out."""
-    found: Found = {"rows": [], "checks": [], "notes": []}
+    """Return the records by kind: "rows", "checks", "notes", ... A line cut short by a crash is left out."""
+    found: Found = {f"{kind}s": [] for kind in KINDS}
     for line in records.read_text().splitlines() if records.exists() else ():
         try:
             record = json.loads(line)
@@ -22,6 +24,12 @@ def collect(records: Path) -> Found:
             continue
         found[f"{record.pop('kind')}s"].append(record)
     return found
+
+
+def append(records: Path, record: dict[str, Any]) -> None:
+    """Append one record to the file; parts that run at the same time do so too."""
+    with records.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def end_of(log: Path, lines: int = 100) -> str:
@@ -49,7 +57,25 @@ def table(found: Found, parts: Sequence[object]) -> str:
         row = found["rows"][0]
         lines += ["", f"== times: {row['device']}, torch {row['versions']['torch']}, commit {row['commit']}"]
         lines += comparisons(found["rows"])
+    if found["kernels"]:
+        lines += ["", "== kernels that ran, the longest first"]
+        lines += [f"{k['name']}: {', '.join(name[:60] for name in k['ran'])}" for k in found["kernels"]]
+    if found["clocks"]:
+        lines += ["", "== clock, power and temperature: median, least and most", *clocks(found["clocks"])]
     return "\n".join(lines)
+
+
+def clocks(samples: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each stage."""
+    lines = []
+    for stage in dict.fromkeys(s["part"] for s in samples):
+        parts = []
+        for name, unit in (("sm_mhz", "MHz"), ("watts", "W"), ("celsius", "C")):
+            values = [s[name] for s in samples if s["part"] == stage and name in s]
+            if values:
+                parts.append(f"{median(values):.0f} {unit} ({min(values):.0f} to {max(values):.0f})")
+        lines.append(f"{stage:<24} {', '.join(parts)}")
+    return lines
 
 
 def notes(texts: Sequence[str], most: int = 16) -> list[str]:

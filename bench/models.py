@@ -25,6 +25,7 @@ from bench import baselines, measure
 from bench.correctness import assert_as_exact
 from bench.ops import backends, first_line
 from bench.papers import paper_model
+from fastprompt.calibration import timing
 
 TRAINING, INFERENCE = "training step", "inference"
 CLASSES = 100
@@ -50,7 +51,9 @@ class Setting:
         kernels: names of `baselines.SDPA`: kernels that the papers' form is also measured with.
         compiled: measure both sides under `torch.compile`.
         compiler: its backend.
+        mode: its mode, such as "reduce-overhead".
         depth: number of blocks, if not the model's own.
+        autocast: run forwards under bfloat16 autocast.
     """
 
     model: str
@@ -62,42 +65,60 @@ class Setting:
     kernels: tuple[str, ...] = ()
     compiled: bool = False
     compiler: str = "inductor"
+    mode: str | None = None
     depth: int | None = None
+    autocast: bool = False
+
+    @property
+    def variant(self) -> str:
+        """How the models of both sides are run: "", ", compiled", ", compiled, reduce-overhead"."""
+        return f"{', compiled' if self.compiled else ''}{f', {self.mode}' if self.mode else ''}"
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the weights, and of autocast."""
+        return str(self.dtype).removeprefix("torch.") + (", autocast" if self.autocast else "")
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Return what forwards are run in."""
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.autocast)
 
 
 @dataclass
 class Competitor:
-    """A model, and what it is run in; `folded`: it is for inference alone."""
+    """A model, and what it is run in; `forward`: in its forwards alone; `folded`: it is for inference alone."""
 
     model: nn.Module
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     folded: bool = False
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, without DA-VPT's metric loss."""
-        with self.context():
+        with self.context(), self.forward():
             return F.cross_entropy(self.model(images), labels)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """Run forward, cross-entropy and backward, without the optimizer's update."""
         self.model.zero_grad(set_to_none=True)
         with self.context():
-            F.cross_entropy(self.model(images), labels).backward()
+            self.loss(images, labels).backward()
 
     @torch.no_grad()
     def infer(self, images: Tensor, labels: Tensor) -> None:
         """Run one forward."""
-        with self.context():
+        with self.context(), self.forward():
             self.model(images)
 
     def results(self, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         """Return the logits, and the gradients of the method's parameters."""
         if self.folded:
-            with torch.no_grad():
+            with torch.no_grad(), self.forward():
                 return {"logits": self.model(images)}
         self.model.zero_grad(set_to_none=True)
         with self.context():
-            logits = self.model(images)
+            with self.forward():
+                logits = self.model(images)
             logits.backward(cotangent.to(logits))
         named = {n.removeprefix("_orig_mod."): p.grad for n, p in self.model.named_parameters()}
         gradients = {n: g for n, g in named.items() if n.startswith(OWN) and g is not None}
@@ -118,7 +139,7 @@ class Comparison:
     @property
     def name(self) -> str:
         """ "vpt-deep vit_base_patch16_224 P=10"."""
-        return f"{self.method} {self.setting.model} P={self.P}{' compiled' if self.setting.compiled else ''}"
+        return f"{self.method} {self.setting.model} P={self.P}{self.setting.variant}"
 
 
 def backbone(setting: Setting) -> nn.Module:
@@ -162,21 +183,23 @@ def comparison(method: str, P: int, setting: Setting, base: nn.Module) -> Compar
             if name.startswith(OWN):
                 p.add_(0.1 * torch.randn_like(p))  # gates as initialised hide what passes through them
     theirs = paper_model(ours)
+    competitor = partial(Competitor, forward=setting.forward)
     if setting.compiled:
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=setting.compiler)
-        found.ours["fastprompt, compiled"] = Competitor(compiled(ours))
-        found.others["concatenation, compiled"] = Competitor(compiled(theirs))
+        options = {"backend": setting.compiler, "mode": setting.mode}
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, **options)
+        found.ours[f"fastprompt{setting.variant}"] = competitor(compiled(ours))
+        found.others[f"concatenation{setting.variant}"] = competitor(compiled(theirs))
         return found
-    found.ours["fastprompt"] = Competitor(ours)
-    found.ours["fastprompt, folded"] = Competitor(ours.fold(), folded=True)
+    found.ours["fastprompt"] = competitor(ours)
+    found.ours["fastprompt, folded"] = competitor(ours.fold(), folded=True)
     ours.train()
-    found.others["concatenation"] = Competitor(theirs)
+    found.others["concatenation"] = competitor(theirs)
     if backends("prompt_attention", setting.device)[0] != "eager":
-        found.ours["fastprompt, eager backend"] = Competitor(ours, partial(fastprompt.use_backend, "eager"))
+        found.ours["fastprompt, eager backend"] = competitor(ours, partial(fastprompt.use_backend, "eager"))
     for kernel in setting.kernels:
         context = partial(sdpa_kernel, baselines.SDPA[kernel])
-        found.others[f"concatenation, sdpa {kernel}"] = Competitor(theirs, context)
-    found.others["bare backbone"] = Competitor(BareBackbone(base).eval())
+        found.others[f"concatenation, sdpa {kernel}"] = competitor(theirs, context)
+    found.others["bare backbone"] = competitor(BareBackbone(base).eval())
     return found
 
 
@@ -199,7 +222,7 @@ def check_correctness(comparison: Comparison, names: Sequence[str] | None = None
     paper = next(iter(comparison.others.values())).model
     paper = getattr(paper, "_orig_mod", paper)
     exact = Competitor(copy.deepcopy(paper).double()).results(part.double(), cotangent)
-    plain = Competitor(paper).results(part, cotangent)
+    plain = Competitor(paper, forward=comparison.setting.forward).results(part, cotangent)
     errors: dict[str, float | None] = {}
     for name, competitor in {**comparison.ours, **comparison.others}.items():
         if names is not None and name not in names:
@@ -237,9 +260,7 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
             for name, step in steps.items():
                 metrics[name]["operations"] = float(measure.operations(step))
         # Counting has run each once.
-        times = measure.interleaved(
-            steps, setting.rounds, setting.device, graphs=False, warm=setting.compiled
-        )
+        times = timing.interleaved(steps, setting.rounds, setting.device, graphs=False, warm=setting.compiled)
         if mode == TRAINING and not setting.compiled:
             for name, c in competitors.items():
                 kept = measure.saved_bytes(partial(c.loss, images, labels), c.model.parameters())
@@ -253,12 +274,13 @@ def rows(comparison: Comparison, modes: Sequence[str] = (TRAINING, INFERENCE)) -
             suite=comparison.method,
             mode=mode,
             shape={"model": setting.model, "B": setting.batch}
+            | ({"pixels": setting.size} if setting.size != 224 else {})
             | ({"P": comparison.P} if comparison.P else {}),
-            dtype=str(setting.dtype).removeprefix("torch."),
+            dtype=setting.precision,
             rounds=setting.rounds,
         )
 
 
-def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> measure.Step:
+def step_of(competitor: Competitor, mode: str, images: Tensor, labels: Tensor) -> timing.Step:
     """Return the step that is timed in `mode`."""
     return partial(competitor.train_step if mode == TRAINING else competitor.infer, images, labels)

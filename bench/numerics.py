@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastprompt
-from bench import measure, ops
+from bench import ops
 from bench.cases import NAMES, load, operations
 from bench.correctness import Oracle, WrongResult
 from bench.models import METHODS, OWN
+from fastprompt.calibration import timing
 
 Results = dict[str, Tensor]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -70,9 +71,9 @@ def checks_of(case: ops.Case) -> Iterator[tuple[str, Callable[[], str]]]:
     oracle = case.oracle(ops.BOTH) if case.ours else None
     for name, function in case.ours.items():
 
-        def check(function: ops.Function = function) -> str:
+        def check(name: str = name, function: ops.Function = function) -> str:
             assert oracle is not None
-            with poisoned():
+            with poisoned(), case.context(name):
                 got, again = (oracle.evaluate(function) for _ in range(2))
             error = oracle.check(got)
             different = [n for n in got if not torch.equal(got[n], again[n])]
@@ -109,7 +110,8 @@ def _on_each_backend(run: Callable[[ops.Case, Oracle, ops.Function], Results], n
     oracle = case.oracle(ops.BOTH)
     for backend, function in case.ours.items():
         try:
-            oracle.check(run(case, oracle, function))
+            with case.context(backend):
+                oracle.check(run(case, oracle, function))
         except WrongResult as error:
             raise WrongResult(f"{backend}: {error}") from error
     return f"{len(case.ours)} backends"
@@ -130,7 +132,7 @@ def _on_another_stream(case: ops.Case, oracle: Oracle, function: ops.Function) -
 def _in_a_graph(case: ops.Case, oracle: Oracle, function: ops.Function) -> Results:
     """Capture a forward and a backward, and replay them on new inputs."""
     static, got = case.draw(), {}
-    graph = measure.capture(lambda: got.update(oracle.evaluate(function, static)))
+    graph = timing.capture(lambda: got.update(oracle.evaluate(function, static)))
     for n, x in oracle.inputs.items():
         if x is not None:
             static[n].copy_(x)

@@ -3,8 +3,9 @@
     python -m bench.offline [--arch 80 90 100] [--operation NAME] [--only NAME] [--entries] [--json FILE]
 
 With `--entries`, each entry of the tables in each dtype; without, also the shapes and options that compile to other
-code. One line a kernel. The exit status is 1 if a kernel has a stack, spills or more shared memory than the card, or if
-its products do not use the matrix instructions of Hopper or Blackwell although they are large enough.
+code. One line a kernel. The exit status is 1 if a kernel spills more than a few bytes, if it takes more shared memory
+than the card has, if its products do not use the matrix instructions of Hopper or Blackwell although they are large
+enough, or if a loop ends with one under way that ptxas may spoil.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Row:
         )
         return (
             f"sm_{self.arch:<3} {self.kernel:<42} {self.shape:<28} w{self.num_warps} s{self.num_stages} "
-            f"{m.registers:>3} regs {m.shared / 1024:6.1f} KB {m.instructions:>5} instr {matrix:<14} {tiles}"
-            + (f"  FAULT: {self.fault}" if self.fault else "")
+            f"{m.registers:>3} regs {m.shared / 1024:6.1f} KB {m.instructions:>5} instr "
+            f"{m.loop:>4} in loop {matrix:<14} {tiles}" + (f"  FAULT: {self.fault}" if self.fault else "")
         )
 
 
@@ -71,7 +72,7 @@ def compile_all(arch: int, names: Sequence[str], only: str = "", entries: bool =
                         continue
                     seen.add(key)
                     machine = read(found)
-                    fault = machine.fault(arch) or _slow_products(arch, found, machine)
+                    fault = machine.fault(arch) or _slow_products(arch, found, machine) or _in_flight(found)
                     launched = found.constants, found.num_warps, found.num_stages
                     yield Row(arch, found.name, shape, _dtype(found), *launched, machine, fault)
                 compiled.clear()
@@ -91,6 +92,22 @@ def _slow_products(arch: int, found: Compiled, machine: Machine) -> str | None:
     few_prompts = found.constants.get("BLOCK_P", 64) < 64
     small = (found.constants.get("BLOCK_M", 64) < 64 or few_prompts) and not resident
     return None if small else f"HMMA instead of {better}"
+
+
+def _in_flight(found: Compiled) -> str | None:
+    """Return a fault for a product of registers that is under way where a loop begins anew.
+
+    On Hopper, ptxas before 13.1 may reuse such registers before they are read (triton-lang/triton#11781).
+    """
+    waiting = False
+    for line in found.kernel.asm["ttgir"].splitlines():
+        if "warp_group_dot_wait" in line:
+            waiting = False
+        elif "warp_group_dot " in line:
+            waiting |= "dot_op" in line  # the layout of an operand in registers
+        elif "scf.yield" in line and waiting:
+            return "a product of registers is under way at the end of a loop"
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:

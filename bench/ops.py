@@ -8,6 +8,7 @@ becomes a note instead of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor
 from bench import measure
 from bench.correctness import Oracle, evaluate
 from bench.roofline import ViT, Work
+from fastprompt.calibration import timing
 from fastprompt.ops import dispatch
 
 Inputs = dict[str, Tensor]
 Function = Callable[..., Any]
+Context = Callable[[], AbstractContextManager[Any]]
 
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an element
@@ -39,6 +42,7 @@ class Case:
         work: bytes and operations of a forward and of a backward.
         autotuned: competitors that search their tile sizes, which takes minutes; measured on request.
         frozen: inputs that do not train.
+        contexts: what competitors are run in, forward and backward, by name.
         notes: why competitors have no row.
     """
 
@@ -52,6 +56,7 @@ class Case:
     work: tuple[Work, Work]
     autotuned: dict[str, Function] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    contexts: dict[str, Context] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -63,6 +68,10 @@ class Case:
     def competitors(self) -> dict[str, Function]:
         """All competitors."""
         return {**self.ours, **self.others, **self.autotuned}
+
+    def context(self, name: str) -> AbstractContextManager[Any]:
+        """Return what the competitor `name` is run in."""
+        return self.contexts.get(name, nullcontext)()
 
     def trainable(self, inputs: Inputs) -> list[str]:
         """Return the names of the inputs that get a gradient."""
@@ -104,6 +113,7 @@ class Operation:
         reach: returns a case that an entry of the kernels' table serves, by the entry's key and the number of images:
             a usual one, or the widest.
         entries, variants: yield launches that compile each entry of the table, and those that make other code of it.
+        timed_cases: returns the cases that judge an entry, if not the usual one that reaches it.
         sweep: yields shapes that are checked besides `cases`, on a device; tiny ones to try the program.
     """
 
@@ -114,6 +124,11 @@ class Operation:
     entries: Callable[[], Iterator[Compilation]]
     variants: Callable[[], Iterator[Compilation]]
     sweep: Callable[[str, bool], Iterator[Case]] = _nothing
+    timed_cases: Callable[[Any, int], list[Case]] | None = None
+
+    def timed(self, key: Any, images: int) -> list[Case]:
+        """Return the cases whose times together judge an entry of the table."""
+        return [self.reach(key, images, False)] if self.timed_cases is None else self.timed_cases(key, images)
 
 
 # Parts of a case -----------------------------------------------------------------------------------------------------
@@ -153,7 +168,8 @@ def check_correctness(case: Case, mode: str, names: Sequence[str]) -> dict[str, 
     errors: dict[str, float] = {}
     for name in names:
         try:
-            errors[name] = oracle(case.competitors[name])
+            with case.context(name):
+                errors[name] = oracle(case.competitors[name])
         except Exception as error:  # whatever a competitor does, the others are still measured
             case.notes.append(f"{case.name}, {mode}: {name}: {type(error).__name__}: {first_line(error)}")
     return errors
@@ -164,16 +180,21 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def steps(case: Case, mode: str, names: Sequence[str], device: str) -> dict[str, list[measure.Step]]:
+def steps(case: Case, mode: str, names: Sequence[str], device: str) -> dict[str, list[timing.Step]]:
     """Return for each competitor one step for each set of inputs; the sets are common to all."""
     first = case.draw()
-    count = measure.input_sets(sum(x.numel() * x.element_size() for x in first.values()), device)
+    count = timing.input_sets(sum(x.numel() * x.element_size() for x in first.values()), device)
     sets = []
     for inputs in (first, *(case.draw() for _ in range(count - 1))):
         outs = evaluate(case.exact, inputs, None).values()
         cotangents = [torch.randn_like(out) for out in outs] if mode == BOTH else None
         sets.append((inputs, cotangents, case.trainable(inputs)))
-    return {name: [partial(evaluate, case.competitors[name], *given) for given in sets] for name in names}
+
+    def run(name: str, *given: Any) -> None:
+        with case.context(name):
+            evaluate(case.competitors[name], *given)
+
+    return {name: [partial(run, name, *given) for given in sets] for name in names}
 
 
 def rows(case: Case, mode: str, rounds: int, device: str, autotuned: bool = False) -> list[measure.Row]:
@@ -183,7 +204,7 @@ def rows(case: Case, mode: str, rounds: int, device: str, autotuned: bool = Fals
     errors = check_correctness(case, mode, names)
     if not errors:
         return []
-    times = measure.interleaved(steps(case, mode, list(errors), device), rounds, device)
+    times = timing.interleaved(steps(case, mode, list(errors), device), rounds, device)
     work = case.work[:1] if mode == FORWARD else case.work
     floor_ms = sum(w.floor_us() for w in work) / 1e3
     metrics = {}

@@ -18,22 +18,29 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Warp-level products, Hopper's warpgroup products, Blackwell's fifth-generation ones.
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+# Bytes of spilled registers that an entry may have, if a comment there says what it gains by them.
+STACK_LIMIT = 16
+_LABEL = r"(\.L_x_\d+)"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One kernel's machine code: `spills` counts local loads and stores, `matrix` matrix instructions by name."""
+    """One kernel's machine code: `spills` counts local loads and stores, `matrix` matrix instructions by name.
+
+    `loop` is the number of instructions of the first loop with matrix instructions, 0 without one.
+    """
 
     registers: int
     stack: int
     spills: int
     shared: int
     instructions: int
+    loop: int
     matrix: dict[str, int]
 
     def fault(self, arch: int) -> str | None:
         """Return why this code must not be used on `arch`, or None."""
-        if self.stack or self.spills:
+        if self.stack > STACK_LIMIT:
             return f"{self.stack} bytes of stack and {self.spills} local loads and stores"
         if self.shared > SHARED_LIMIT[arch]:
             return f"{self.shared} bytes of shared memory, of {SHARED_LIMIT[arch]}"
@@ -50,15 +57,39 @@ def read(compiled: Compiled) -> Machine:
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump names no registers for {compiled.name}:\n{usage}")
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE))
+    instruction = r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*)"
+    lines = re.findall(rf"^(?:{_LABEL}:|{instruction})", code, re.MULTILINE)
+    opcodes = Counter(opcode for _, opcode, _ in lines if opcode)
     return Machine(
         registers=int(found[1]),
         stack=int(found[2]),
         spills=opcodes["LDL"] + opcodes["STL"],
         shared=compiled.kernel.metadata.shared,
         instructions=sum(opcodes.values()),
+        loop=_matrix_loop(lines),
         matrix={name: opcodes[name] for name in MATRIX if opcodes[name]},
     )
+
+
+def _matrix_loop(lines: list[tuple[str, str, str]]) -> int:
+    """Count from a label to the branch back to it, with matrix instructions between.
+
+    `lines` are (label, opcode, operands). The first such branch is the loop's own: on Blackwell, code behind the
+    kernel's end branches back too, from waits.
+    """
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    for label, opcode, operands in lines:
+        if label:
+            labels[label] = len(opcodes)
+            continue
+        opcodes.append(opcode)
+        target = re.search(_LABEL, operands) if opcode == "BRA" else None
+        if target and target[1] in labels:
+            body = opcodes[labels[target[1]] :]
+            if any(name in body for name in MATRIX):
+                return len(body)
+    return 0
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from bench import measure, models, ops
 from bench.cases import operations
+from fastprompt.calibration import timing
 
 pytest.importorskip("pytest_benchmark")
 
@@ -28,7 +29,7 @@ else:
     SETTING = models.Setting("test_vit", 48, 2, torch.float32, "cpu", 2, compiler="aot_eager", depth=2)
 
 
-def time(benchmark: Any, group: str, steps: list[measure.Step], rounds: int, **info: Any) -> None:
+def time(benchmark: Any, group: str, steps: list[timing.Step], rounds: int, **info: Any) -> None:
     """Time `steps`, one call of all of them a round."""
 
     def run() -> None:

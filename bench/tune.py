@@ -14,7 +14,6 @@ GPU there is nothing to search: exit code 2.
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import multiprocessing
 import os
@@ -25,80 +24,34 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from bench import cases, measure, ops
+from bench import cases, ops
 from bench.correctness import Oracle
+from fastprompt.calibration import search, timing
+from fastprompt.ops import profile
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "kernels" / "triton"
-ROUNDS = 10
-# A candidate replaces the entry only if it is faster by more than what two runs of one program differ by.
-MARGIN = 0.98
-
 NAME = "fastprompt triton"
 
 Key = Any  # a named tuple with `architecture` and `kernel`
 Table = dict[Key, Any]
 Call = tuple[ops.Case, str]
-Checks = list[tuple[Oracle, ops.Function]]
-# What a candidate took in ms, or why it was not measured.
-Found = list[tuple[Any, float | None, str]]
 
 TIMED, CHECKED = 128, 16  # images; float64's results of 128 for each process would not fit
+ROUNDS = 10
 
 
 def architecture() -> int:
     """Return the architecture in the keys of this GPU's entries: 80, 90 or 100."""
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(0)[0], 80)
-
-
-def checks(calls: Sequence[Call]) -> Checks:
-    """Return the exact results of each call, and the function to check against them."""
-    if missing := [case.suite for case, _ in calls if NAME not in case.ours]:
-        raise NotImplementedError(
-            f"`tune`: {missing[0]} has no Triton kernel here; see fastprompt.backends()"
-        )
-    return [(case.oracle(mode), case.ours[NAME]) for case, mode in calls]
-
-
-def fault(table: Table, key: Key, candidate: Any, against: Checks) -> str | None:
-    """Return why `candidate` cannot serve `key`: too much shared memory, too many registers, or wrong; or None."""
-    before, table[key] = table[key], candidate
-    try:
-        for oracle, function in against:
-            oracle(function)
-    except Exception as error:
-        return f"{type(error).__name__}: {ops.first_line(error)}"
-    finally:
-        table[key] = before
-    return None
-
-
-def measured(table: Table, key: Key, candidates: list[Any], call: Call) -> dict[int, float]:
-    """Return the milliseconds of each candidate by its place; `table` is as before afterwards."""
-    case, mode = call
-    before = table[key]
-
-    def with_entry(candidate: Any, step: measure.Step) -> measure.Step:
-        def run() -> None:
-            table[key] = candidate
-            step()
-
-        return run
-
-    try:
-        steps = ops.steps(case, mode, [NAME], "cuda")[NAME]
-        programs = {str(i): [with_entry(c, step) for step in steps] for i, c in enumerate(candidates)}
-        times = measure.interleaved(programs, ROUNDS, "cuda")
-    finally:
-        table[key] = before
-    return {i: times[str(i)]["p50"] for i in range(len(candidates))}
 
 
 def config_of(operation: str) -> ModuleType:
@@ -108,42 +61,42 @@ def config_of(operation: str) -> ModuleType:
 
 def call_of(operation: str, key: Key, images: int, widest: bool = False) -> Call:
     """Return a call of `images` images that runs the kernel of `key`."""
-    case = cases.load(operation).reach(key, images, widest)
-    return case, ops.FORWARD if key.kernel == "fwd" else ops.BOTH
+    return cases.load(operation).reach(key, images, widest), mode_of(key)
 
 
-@functools.lru_cache(maxsize=1)
-def _checks_in_worker(operation: str, key: Key) -> Checks:
+def mode_of(key: Key) -> str:
+    """Return how the kernel of `key` is run."""
+    return ops.FORWARD if key.kernel == "fwd" else ops.BOTH
+
+
+def checks(calls: Sequence[Call]) -> list[search.Check]:
+    """Return the checks of calls against their exact results."""
+    if missing := [case.suite for case, _ in calls if NAME not in case.ours]:
+        raise NotImplementedError(
+            f"`tune`: {missing[0]} has no Triton kernel here; see fastprompt.backends()"
+        )
+    return [partial(_check, case, case.oracle(mode)) for case, mode in calls]
+
+
+def _check(case: ops.Case, oracle: Oracle) -> None:
+    with case.context(NAME):
+        oracle(case.ours[NAME])
+
+
+def checks_of(operation: str, key: Key) -> list[search.Check]:
+    """Return the checks of an entry: a usual call, and the widest that it serves."""
     torch.manual_seed(0)
     return checks([call_of(operation, key, CHECKED, widest) for widest in (False, True)])
 
 
-def _fault_in_worker(operation: str, key: Key, candidate: Any) -> str | None:
-    return fault(config_of(operation).TABLE, key, candidate, _checks_in_worker(operation, key))
-
-
-def search(operation: str, key: Key, candidates: list[Any], pool: ProcessPoolExecutor, end: float) -> Found:
-    """Check every candidate of `key` in `pool` until `end`, and time those that are right."""
-    futures = [pool.submit(_fault_in_worker, operation, key, candidate) for candidate in candidates]
-    _, late = wait(futures, max(0.0, end - time.monotonic()))
-    found: Found = []
-    right = []
-    for candidate, future in zip(candidates, futures, strict=True):
-        reason = "the time ended before it was checked" if future in late else future.result()
-        if reason is None:
-            right.append(candidate)
-        else:
-            future.cancel()
-            found.append((candidate, None, reason))
-    times = measured(config_of(operation).TABLE, key, right, call_of(operation, key, TIMED))
-    return [*found, *((candidate, times[i], "measured") for i, candidate in enumerate(right))]
-
-
-def fastest(found: Found, before: Any) -> Any:
-    """Return the fastest candidate, or `before` if nothing is faster by more than the margin."""
-    times = {candidate: ms for candidate, ms, _ in found if ms is not None}
-    best = min(times, key=times.__getitem__, default=before)
-    return before if before in times and times[best] > MARGIN * times[before] else best
+def steps_of(operation: str, key: Key) -> list[timing.Step]:
+    """Return the steps that time an entry."""
+    mode = mode_of(key)
+    return [
+        step
+        for case in cases.load(operation).timed(key, TIMED)
+        for step in ops.steps(case, mode, [NAME], "cuda")[NAME]
+    ]
 
 
 def rewrite(path: Path, table: Table) -> None:
@@ -182,11 +135,6 @@ def _value_of_table(path: Path, text: str) -> str:
     raise ValueError(f"`rewrite`: {path} assigns no TABLE")
 
 
-def order(key: Key) -> tuple[bool, bool]:
-    """Sort what most calls reach first: 16-bit kernels, of attention the backward that most training steps run."""
-    return getattr(key, "itemsize", 2) == 4, key.kernel != "bwd"
-
-
 def tune(operation: str, minutes: float, only: str, workers: int, save: Callable[[Table], None]) -> Table:
     """Search the keys of this GPU's architecture that hold the text `only`, until the time is spent; return the table.
 
@@ -196,7 +144,7 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
     module = config_of(operation)
     table: Table = module.TABLE
     chosen = dict(table)
-    keys = sorted((k for k in table if k.architecture == architecture() and only in str(k)), key=order)
+    keys = sorted((k for k in table if k.architecture == architecture() and only in str(k)), key=search.order)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for key in keys:
             if time.monotonic() > end:
@@ -205,11 +153,12 @@ def tune(operation: str, minutes: float, only: str, workers: int, save: Callable
             before = table[key]
             tried = [before, *(c for c in module.candidates(key) if c != before)]
             try:
-                found = search(operation, key, tried, pool, end)
+                make = search.Later(checks_of, (operation, key)), partial(steps_of, operation, key)
+                found = search.search(operation, key, tried, *make, end, pool, rounds=ROUNDS)
             except Exception as error:  # of the device: nothing works any more, but what was found is kept
                 print(f"{key}: {type(error).__name__}: {ops.first_line(error)}; the search ends here")
                 break
-            chosen[key] = fastest(found, before)
+            chosen[key] = search.fastest(found, before)
             for candidate, ms, what in found:
                 print(f"  {key} {candidate}: {what if ms is None else f'{1e3 * ms:.1f} us'}")
             print(f"{key}: {chosen[key]}, was {before}", flush=True)
@@ -237,6 +186,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune: there is no GPU here; tile sizes are found by measuring, so nothing was changed")
         return 2
+    os.environ[profile.VARIABLE] = profile.NONE  # the table is searched, not what a profile puts in it
     path = FOLDER / f"{given.operation}_config.py"
 
     def save(table: Table) -> None:

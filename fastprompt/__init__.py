@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastprompt.calibration.calibrate import calibrate
     from fastprompt.checkpoint import load_official_state_dict
     from fastprompt.config import CVPTConfig, DAVPTConfig, GateVPTConfig, PromptConfig, VPTConfig
     from fastprompt.encoder import as_encoder
@@ -34,6 +35,7 @@ __all__ = [
     "VPTConfig",
     "as_encoder",
     "backends",
+    "calibrate",
     "get_prompt_model",
     "load_official_state_dict",
     "replace_attention",
@@ -43,6 +45,7 @@ __all__ = [
 
 # The names of the imports above, by module.
 _EXPORTS = {
+    "calibration.calibrate": ["calibrate"],
     "checkpoint": ["load_official_state_dict"],
     "config": ["CVPTConfig", "DAVPTConfig", "GateVPTConfig", "PromptConfig", "VPTConfig"],
     "encoder": ["as_encoder"],

@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt import vit
+from fastprompt import frozen, vit
 from fastprompt.blocks import Span, attention_of, select
 from fastprompt.config import Pool
 from fastprompt.ops.operator import autocast_enabled
@@ -179,7 +179,7 @@ def check_labels(model: Backbone, images: Tensor, labels: Tensor, caller: str) -
 def embed(model: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """images [B, C, h, w] -> tokens [B, N, D], the input of block 0, and each block's rotary embedding or None."""
     depth = len(model.blocks)
-    x = model.patch_embed(images)
+    x = frozen.call(model.patch_embed, images)
     if not isinstance(model, Eva):
         return model.norm_pre(model.patch_drop(model._pos_embed(x))), [None] * depth
     x, rope = model._pos_embed(x)

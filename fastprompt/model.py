@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 from torch import nn
 
 from fastprompt import backbone
 from fastprompt.backbone import Backbone
+from fastprompt.blocks import Recompute
 from fastprompt.config import PromptConfig
 from fastprompt.methods import MODELS, FoldedPromptModel, PromptModel, PromptOutput
 
 __all__ = ["FoldedPromptModel", "PromptModel", "PromptOutput", "get_prompt_model"]
 
 
-def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool = True) -> PromptModel:
+def get_prompt_model(
+    model: nn.Module,
+    config: PromptConfig,
+    *,
+    shortcuts: bool = True,
+    recompute: Recompute | None = None,
+) -> PromptModel:
     """Add the prompts of `config` to a timm ViT; its weights are shared, and frozen except for the head.
 
     Args:
@@ -22,6 +29,9 @@ def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool 
             blocks; before or after :func:`fastprompt.replace_attention`.
         config: such as :class:`fastprompt.VPTConfig`.
         shortcuts: False runs every row through every block, as the papers' code does: same results, more operations.
+        recompute: what the backward computes again, to keep less memory from the forward, at the same results: "mlp",
+            the norm and the hidden layer of each MLP; "attention", each attention; "block", each block, as timm's
+            `set_grad_checkpointing` does; None, nothing (docs/training.md).
 
     Returns:
         The method's `PromptModel` (`VPTModel`, `GateVPTModel`, `CVPTModel` or `DAVPTModel`) on the model's device and
@@ -41,6 +51,10 @@ def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool 
         raise TypeError(f"`get_prompt_model`: `config` must be one of {known}; got {type(config).__name__}")
     if not isinstance(shortcuts, bool):
         raise TypeError(f"`get_prompt_model`: `shortcuts` must be True or False; got {shortcuts!r}")
+    if recompute is not None and recompute not in get_args(Recompute):
+        raise ValueError(
+            f"`get_prompt_model`: `recompute` must be one of {get_args(Recompute)} or None; got {recompute!r}"
+        )
     reason = backbone.model_reason(model)
     base = cast(Backbone, model)
     if reason is None and config.backbone_train_mode:
@@ -50,4 +64,4 @@ def get_prompt_model(model: nn.Module, config: PromptConfig, *, shortcuts: bool 
         reason = None if reason is None else f"pool={config.pool!r} is not supported: {reason}"
     if reason is not None:
         raise NotImplementedError(f"`get_prompt_model`: {reason}")
-    return MODELS[type(config)](base, config, shortcuts=shortcuts)
+    return MODELS[type(config)](base, config, shortcuts=shortcuts, recompute=recompute)

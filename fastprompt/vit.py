@@ -6,22 +6,26 @@ An adapter has no state: it reads the module's weights at each call, so `.to()`,
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionRope, GluMlp, Mlp, SwiGLU, apply_rot_embed_cat
+from timm.layers import AttentionRope, DropPath, GluMlp, LayerScale, Mlp, SwiGLU, apply_rot_embed_cat
 from timm.layers.attention import Attention
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
+from fastprompt.frozen import acts_on, has_hooks, linear, low
 from fastprompt.ops import AttentionWeights, dispatch, packed_prompt_attention, prompt_attention
 from fastprompt.refusals import class_path, refusal
 
 TimmAttention: TypeAlias = Attention | AttentionRope | EvaAttention
 TimmBlock: TypeAlias = Block | ResPostBlock | EvaBlock
+
+# The MLPs whose hidden layer `mlp_hidden` computes.
+_MLPS = (Mlp, GluMlp, SwiGLU)
 
 # Set on an attention whose packed bias trains only in its key and value parts (DA-VPT).
 FROZEN_QUERY_BIAS = "_fastprompt_frozen_query_bias"
@@ -40,8 +44,8 @@ class AttentionAdapter:
         """x [B, N, D] -> q, k and v as one tensor [B, N, 3, H, d], or None if they have separate maps."""
         if getattr(attn, FROZEN_QUERY_BIAS, False):
             q_bias, kv_bias = _split_bias(attn)
-            return _unflatten(attn, F.linear(x, attn.qkv.weight, torch.cat((q_bias, kv_bias))))
-        return _unflatten(attn, attn.qkv(x))
+            return _unflatten(attn, F.linear(x, low(attn.qkv.weight), torch.cat((q_bias, kv_bias))))
+        return _unflatten(attn, linear(attn.qkv, x))
 
     def project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D] -> q, k, v [B, N, H, d], before norm and rotary embedding."""
@@ -51,19 +55,23 @@ class AttentionAdapter:
         else:
             split = "B N (H d) -> B N H d"
             q, k, v = (
-                rearrange(f(x), split, H=attn.num_heads) for f in (attn.q_proj, attn.k_proj, attn.v_proj)
+                rearrange(linear(f, x), split, H=attn.num_heads)
+                for f in (attn.q_proj, attn.k_proj, attn.v_proj)
             )
         return q, k, v
 
     def weights(self, attn: TimmAttention) -> AttentionWeights | None:
-        """Return the four maps as views of the module's parameters, or None if they are not plain Linear layers."""
+        """Return the four maps as views of the module's parameters, or None if they are not plain Linear layers.
+
+        Under autocast frozen ones are views of their low-precision copies.
+        """
         if not (_plain(attn.qkv) and _plain(attn.proj)):
             return None
-        qw, kw, vw = attn.qkv.weight.chunk(3)
-        qb, kb, vb = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        qw, kw, vw = low(attn.qkv.weight).chunk(3)
+        qb, kb, vb = (None,) * 3 if attn.qkv.bias is None else low(attn.qkv.bias).chunk(3)
         if getattr(attn, FROZEN_QUERY_BIAS, False):
             qb, _ = _split_bias(attn)
-        return AttentionWeights(qw, qb, kw, kb, vw, vb, attn.proj.weight, attn.proj.bias)
+        return AttentionWeights(qw, qb, kw, kb, vw, vb, low(attn.proj.weight), low(attn.proj.bias))
 
     def plain_weights(self, attn: TimmAttention) -> AttentionWeights:
         """Return `weights`; raise TypeError for an attention that `prompt_reason` refuses."""
@@ -75,7 +83,8 @@ class AttentionAdapter:
     def key_value_map(self, attn: TimmAttention) -> tuple[Tensor, Tensor | None]:
         """Return the map of keys and values as one Linear: weight [2·H·d, D], bias [2·H·d] or None."""
         inner = attn.qkv.weight.shape[0] // 3
-        return attn.qkv.weight[inner:], None if attn.qkv.bias is None else attn.qkv.bias[inner:]
+        bias = low(attn.qkv.bias)
+        return low(attn.qkv.weight)[inner:], None if bias is None else bias[inner:]
 
     def qkv(
         self, attn: TimmAttention, x: Tensor, rope: Tensor | None = None, extra_prefix: int = 0
@@ -113,8 +122,8 @@ class AttentionAdapter:
         out = attn.norm(rearrange(out, "B N H d -> B N (H d)"))
         gate = getattr(attn, "gate", None)
         if gate is not None:
-            out = out * gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(out))
+            out = out * linear(gate, x).sigmoid()
+        return attn.proj_drop(linear(attn.proj, out))
 
 
 class RopeAttentionAdapter(AttentionAdapter):
@@ -129,14 +138,14 @@ class RopeAttentionAdapter(AttentionAdapter):
         maps = (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj)
         if not all(_plain(m) for m in maps):
             return None
-        q, k, v, proj = maps
-        return AttentionWeights(q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, proj.weight, proj.bias)
+        return AttentionWeights(*(low(p) for m in maps for p in (m.weight, m.bias)))
 
     def key_value_map(self, attn: TimmAttention) -> tuple[Tensor, Tensor | None]:
         if attn.qkv is not None:
             return super().key_value_map(attn)
         k, v = attn.k_proj, attn.v_proj
-        return torch.cat([k.weight, v.weight]), _join(k.bias, v.bias, k.weight)
+        weights = [low(k.weight), low(v.weight)]
+        return torch.cat(weights), _join(low(k.bias), low(v.bias), weights[0])
 
 
 class EvaAttentionAdapter(RopeAttentionAdapter):
@@ -145,24 +154,30 @@ class EvaAttentionAdapter(RopeAttentionAdapter):
     def packed(self, attn: Any, x: Tensor) -> Tensor | None:
         if attn.qkv is None or attn.q_bias is None:
             return super().packed(attn, x)
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        biases = (attn.q_bias, attn.k_bias, attn.v_bias)
         if attn.qkv_bias_separate or not _plain(attn.qkv):
-            packed = attn.qkv(x) + bias
+            packed = linear(attn.qkv, x) + torch.cat(biases)
         else:
-            packed = F.linear(x, attn.qkv.weight, bias)
+            packed = F.linear(x, low(attn.qkv.weight), torch.cat([low(bias) for bias in biases]))
         return _unflatten(attn, packed)
 
     def weights(self, attn: Any) -> AttentionWeights | None:
         packed = super().weights(attn)
         if packed is None or attn.qkv is None or attn.q_bias is None:
             return packed
-        return packed._replace(q_bias=attn.q_bias, k_bias=attn.k_bias, v_bias=attn.v_bias)
+        return packed._replace(q_bias=low(attn.q_bias), k_bias=low(attn.k_bias), v_bias=low(attn.v_bias))
 
     def key_value_map(self, attn: Any) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().key_value_map(attn)
         if attn.qkv is not None and attn.q_bias is not None:
-            bias = torch.cat((attn.k_bias, attn.v_bias))
+            bias = torch.cat((low(attn.k_bias), low(attn.v_bias)))
         return weight, bias
+
+
+class PlainAdd(NamedTuple):
+    """A branch that is added to the residual stream times a frozen `scale` [D], None for 1, and nothing else."""
+
+    scale: Tensor | None
 
 
 class BlockAdapter:
@@ -192,10 +207,24 @@ class BlockAdapter:
     def add_mlp(self, block: TimmBlock, x: Tensor, out: Tensor) -> Tensor:
         return x + self.mlp_delta(block, out)
 
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        """Return how branch 1 (attention) or 2 (MLP) is added if that is plain: no drop path, no hooks; else None."""
+        module = (block.ls1, block.ls2)[branch - 1]
+        if type(module) not in (nn.Identity, LayerScale) or has_hooks(module):
+            return None
+        return self._plain_add(block, branch, getattr(module, "gamma", None))
+
+    def _plain_add(self, block: Any, branch: int, scale: Tensor | None) -> PlainAdd | None:
+        drop = (block.drop_path1, block.drop_path2)[branch - 1]
+        drops = type(drop) is not nn.Identity and not (type(drop) is DropPath and not drop.training)
+        if drops or has_hooks(drop) or (scale is not None and scale.requires_grad):
+            return None
+        return PlainAdd(scale)
+
     def mean_commutes(self, block: TimmBlock) -> bool:
         """Return whether a mean over rows may be taken before `fc2` and the residual add."""
         mlp = block.mlp
-        return type(mlp) in (Mlp, GluMlp, SwiGLU) and _plain(mlp.fc2) and not _active(mlp.drop2)
+        return type(mlp) in _MLPS and _plain(mlp.fc2) and not _active(mlp.drop2)
 
 
 class ResPostBlockAdapter(BlockAdapter):
@@ -213,6 +242,9 @@ class ResPostBlockAdapter(BlockAdapter):
     def mlp_delta(self, block: TimmBlock, out: Tensor) -> Tensor:
         return block.drop_path2(block.norm2(out))
 
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        return None  # a norm is in the place of layer scale
+
     def mean_commutes(self, block: TimmBlock) -> bool:
         return False  # norm2 normalises each row of the MLP's output
 
@@ -225,6 +257,9 @@ class EvaBlockAdapter(BlockAdapter):
 
     def mlp_delta(self, block: Any, out: Tensor) -> Tensor:
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
+
+    def plain_add(self, block: Any, branch: int) -> PlainAdd | None:
+        return self._plain_add(block, branch, (block.gamma_1, block.gamma_2)[branch - 1])
 
 
 ATTENTION: dict[type, AttentionAdapter] = {
@@ -252,7 +287,8 @@ def adapters(block: TimmBlock) -> tuple[BlockAdapter, AttentionAdapter]:
 def timm_class(attn: nn.Module) -> type[nn.Module]:
     """Return the class of a module; for one replaced by `replace_attention`, timm's class."""
     cls = type(attn)
-    return vars(cls).get("timm_class", cls)
+    found = getattr(cls, "timm_class", None)
+    return found if found in cls.__bases__ else cls  # a subclass of a replacement is not one
 
 
 def attention_reason(attn: Any) -> str | None:
@@ -337,15 +373,22 @@ def _refuse_dropout(attn: TimmAttention) -> None:
         )
 
 
+def run_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Return mlp(x) for the MLP of a block."""
+    if type(mlp) not in _MLPS or not acts_on(x) or has_hooks(mlp):
+        return mlp(x)
+    return mlp.drop2(linear(mlp.fc2, mlp_hidden(mlp, x)))
+
+
 def mlp_hidden(mlp: Any, x: Tensor) -> Tensor:
     """Return the input of `fc2` of an MLP for which :meth:`BlockAdapter.mean_commutes`."""
     if type(mlp) is SwiGLU:
-        hidden = mlp.act(mlp.fc1_g(x)) * mlp.fc1_x(x)
+        hidden = mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
     elif type(mlp) is GluMlp:
-        first, second = mlp.fc1(x).chunk(2, dim=-1)
+        first, second = linear(mlp.fc1, x).chunk(2, dim=-1)
         hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
     else:
-        hidden = mlp.act(mlp.fc1(x))
+        hidden = mlp.act(linear(mlp.fc1, x))
     return mlp.norm(mlp.drop1(hidden))
 
 

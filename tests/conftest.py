@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     # Read when the kernels are imported: without a GPU, the backend `triton` is their interpretation on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["FASTPROMPT_PROFILE"] = "none"  # whatever was measured on this machine
 
 # The same examples in every run: a few here, more in CI.
 hypothesis.settings.register_profile("few", max_examples=8, deadline=None, derandomize=True)

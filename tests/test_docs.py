@@ -18,7 +18,7 @@ import torch
 import fastprompt
 from bench import report
 from fastprompt import PromptConfig, ops
-from fastprompt.kernels import native
+from fastprompt.kernels import identities, native
 from fastprompt.kernels.triton import launch
 from fastprompt.ops import dispatch
 
@@ -65,8 +65,9 @@ AS_IN_THE_PAGES = native.load() is None and not torch.cuda.is_available()
 
 @pytest.fixture
 def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The pages show what a reader sees, whose kernels are not interpreted as those of the tests."""
+    """The pages show what a reader sees, who has run no kernel, not even interpreted ones."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(identities, "known", {})
     dispatch.why_no_triton.cache_clear()
     yield
     dispatch.why_no_triton.cache_clear()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,20 +177,70 @@ def test_compiles_as_one_graph_with_gradients(family: str, config: VPTConfig) ->
     )
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        VPTConfig(3),
-        GateVPTConfig(3),
-        CVPTConfig(3),
-        DAVPTConfig(3, 4, (1, 1), mask_prompts=True, pool="all"),
-    ],
-    ids=["vpt", "gate-vpt", "cvpt", "da-vpt-masked"],
-)
-def test_exports_for_inference(config: PromptConfig) -> None:
-    folded = build(config).fold()
-    program = torch.export.export(folded, (images(2),))
-    assert_same(program.module()(images(2)), folded(images(2)))
+EXPORTED: dict[str, tuple[str, PromptConfig]] = {
+    "vpt": ("vit", VPTConfig(3)),
+    "vpt-shallow-rope": ("rope-axial", VPTConfig(3, deep=False)),
+    "gate-vpt": ("vit", GateVPTConfig(3)),
+    "cvpt-folded": ("vit", CVPTConfig(3)),
+    "cvpt-direct": ("vit-avg-fc-norm", CVPTConfig(30, insert=4)),
+    "da-vpt-masked": ("vit", DAVPTConfig(3, 4, (1, 1), mask_prompts=True, pool="all")),
+}
+
+
+def export(case: str) -> tuple[Any, torch.export.ExportedProgram]:
+    """Return the folded model of a case, and its program for any number of images."""
+    family, config = EXPORTED[case]
+    folded = fastprompt.get_prompt_model(small(family), config).fold()
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    return folded, torch.export.export(folded, (images(2),), dynamic_shapes=(batch,))
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_exported_programs_are_plain_pytorch(case: str) -> None:
+    folded, program = export(case)
+    for images_ in (images(1), images(5)):
+        assert_same(program.module()(images_), folded(images_))
+    operators = {
+        node.target
+        for graph in program.graph_module.modules()
+        if hasattr(graph, "graph")
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    }
+    assert operators
+    # Sizes that depend on the batch are computed by Python's own operators.
+    assert {getattr(target, "namespace", target.__module__) for target in operators} <= {"aten", "_operator"}
+
+
+WITHOUT_FASTPROMPT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fastprompt", "timm"):
+            raise ImportError(name + " is not installed here")
+sys.meta_path.insert(0, Blocked())
+import torch
+for path in sys.argv[1:]:
+    x, logits = torch.load(path + ".expected")
+    torch.testing.assert_close(torch.export.load(path).module()(x), logits, rtol=0, atol=0)
+try:
+    import fastprompt
+except ImportError:
+    print("all ran without fastprompt")
+"""
+
+
+@pytest.mark.slow
+def test_exported_programs_run_where_fastprompt_is_not_installed(tmp_path: Path) -> None:
+    paths = []
+    for case in EXPORTED:
+        _, program = export(case)
+        paths.append(str(tmp_path / f"{case}.pt2"))
+        torch.export.save(program, paths[-1])
+        torch.save((images(3), program.module()(images(3))), paths[-1] + ".expected")
+    command = [sys.executable, "-c", WITHOUT_FASTPROMPT, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "all ran without fastprompt\n", done.stderr
 
 
 @pytest.mark.parametrize("config", [GateVPTConfig(3), CVPTConfig(3), DAVPTConfig(3, 4, (1, 1))])

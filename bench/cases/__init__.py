@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bench.ops import Operation
 
 # Names only, so that `bench.gpu_check` can start its parts without importing torch.
-NAMES = ("prompt_attention", "gated_blend", "folded_cross_attention", "row_attention")
+NAMES = ("prompt_attention", "residual_norm", "gated_blend", "folded_cross_attention", "row_attention")
 
 
 def load(name: str) -> Operation:

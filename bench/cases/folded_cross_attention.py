@@ -147,6 +147,7 @@ def variants() -> Iterator[Compilation]:
         yield from _launches(H, P, LOW, WIDE, norms=(True, False))
     (_, forward), (_, backward) = _launches(12, 10, LOW)
     x, key, bias, value, *_ = forward.args
+    yield "as fold_prompts makes them", partial(forward.func, x, key, bias, value, None, True, *NO_NORM, True)
     yield "inference, no residual", partial(forward.func, x, key, bias, value, None, False, *NO_NORM, False)
     needs = [False, True, True, True, False]
     yield "prompts alone", partial(backward.func, *backward.args[:5], False, needs)

@@ -95,13 +95,15 @@ def entries() -> Iterator[Compilation]:
 
 
 def variants() -> Iterator[Compilation]:
-    """Yield in bfloat16: a width whose rows are not aligned, the norm's gradient alone, and prompts and gate alone."""
+    """Yield autocast's dtypes, a width whose rows are not aligned, and the gradients of prompts and gate alone."""
+    (_, forward), (_, backward) = _launches(768, torch.bfloat16, norm=True)
+    x, low, (prompts, *rest) = meta(4, 207, 768), *forward.args[1:2], forward.args[2:]
+    yield "autocast", partial(forward.func, x, low, prompts.float(), *rest)
+    needs = [True] * 4
+    yield "autocast", partial(backward.func, x, low, x, *backward.args[3:-2], torch.bfloat16, needs)
     yield from _launches(1000, torch.bfloat16, norm=True)
-    _, (_, backward) = _launches(768, torch.bfloat16, norm=True)
-    of_norm = (*backward.args[:6], None, None, 0, 0, [True, False, False])
-    yield "no gate, norm", partial(backward.func, *of_norm)
     _, (_, backward) = _launches(768, torch.bfloat16, norm=False)
-    yield "prompts alone", partial(backward.func, *backward.args[:-1], [False, True, True])
+    yield "prompts alone", partial(backward.func, *backward.args[:-1], [False, False, True, True])
 
 
 def _launches(D: int, dtype: torch.dtype, norm: bool) -> Iterator[Compilation]:
@@ -115,7 +117,8 @@ def _launches(D: int, dtype: torch.dtype, norm: bool) -> Iterator[Compilation]:
     saved = (x, x, statistics, statistics, vector) if norm else (None,) * 5
     yield name, partial(kernels.forward, x, x, x[:, start : start + P], gate, start, P, *affine)
     difference = meta(B, P, D, dtype=dtype)
-    yield name, partial(kernels.backward, x, *saved, gate, difference, start, P, [True, True, True])
+    needs = [True, False, True, True]  # d(delta) is d(x)
+    yield name, partial(kernels.backward, x, *saved, gate, difference, start, P, dtype, needs)
 
 
 OPERATION = Operation("gated_blend", cases, floors, reach, entries, variants)

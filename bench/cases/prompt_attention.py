@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bench import baselines
 from bench.cases import prompt_segment
-from bench.ops import DTYPES, Case, Compilation, Function, Inputs, Operation, Size, meta, ours
+from bench.ops import DTYPES, Case, Compilation, Context, Function, Inputs, Operation, Size, meta, ours
 from bench.roofline import ViT, Work
 from fastprompt import ops
 from fastprompt.kernels.triton import prompt_attention_config as config
+from fastprompt.ops.attention_choice import WAYS, use_way
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -95,12 +96,13 @@ def case(
     *,
     kind: str = "shared",
     temperature: bool = False,
+    by_way: bool | None = None,
 ) -> Case:
     """Return prompt attention over views of a packed qkv.
 
     `others`: kernels of SDPA, or "products", for shared prompts without a temperature; with any, FlexAttention is the
     autotuned competitor. `kind`: "shared" prompts [P, H, d], "per image" [B, P, H, d], or a "table" [B + 1, P, H, d]
-    with an index.
+    with an index. `by_way`: with one competitor of ours for each way; default on a GPU.
     """
     lead = {"shared": (), "per image": (B,), "table": (B + 1,)}[kind]
 
@@ -116,7 +118,7 @@ def case(
     def exact(prompt_index: Tensor | None = None, **inputs: Tensor) -> Tensor:
         if prompt_index is not None:
             inputs = {n: x[prompt_index] if n.startswith("prompt") else x for n, x in inputs.items()}
-        return baselines.products(**inputs)
+        return baselines.products(**inputs, softmax=baselines.softmax_from_lse)
 
     compiled = device.startswith("cuda")
     flex = "flex" if compiled else "flex, not compiled"
@@ -126,18 +128,28 @@ def case(
         dtype,
         draw,
         exact,
-        ours("prompt_attention", device, lambda backend: partial(ops.prompt_attention, backend=backend)),
+        _ours(ops.prompt_attention, device, by_way),
         {name: _competitor(name) for name in others},
         work(B, N, P, H, d, itemsize=dtype.itemsize),
         autotuned={flex: baselines.flex(compiled=compiled)} if others else {},
+        contexts=ways(device, by_way),
     )
 
 
 def packed_case(
-    B: int, N: int, P: int, H: int, d: int, dtype: torch.dtype, device: str, others: Sequence[str] = ()
+    B: int,
+    N: int,
+    P: int,
+    H: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    others: Sequence[str] = (),
+    *,
+    by_way: bool | None = None,
 ) -> Case:
     """Return the same on one tensor, qkv [B, N, 3, H, d], as a block has it; its gradient is one tensor too."""
-    apart = case(B, N, P, H, d, dtype, device, others)
+    apart = case(B, N, P, H, d, dtype, device, others, by_way=by_way)
 
     def draw() -> Inputs:
         qkv = torch.randn(B, N, 3, H, d, device=device, dtype=dtype)
@@ -152,10 +164,42 @@ def packed_case(
         suite=name,
         draw=draw,
         exact=unpacked(apart.exact),
-        ours=ours(name, device, lambda backend: partial(ops.packed_prompt_attention, backend=backend)),
+        ours=_ours(ops.packed_prompt_attention, device, by_way),
         others={name: unpacked(function) for name, function in apart.others.items()},
         autotuned={},
     )
+
+
+def joined_case(
+    B: int, N: int, P: int, H: int, d: int, dtype: torch.dtype, device: str, others: Sequence[str] = ()
+) -> Case:
+    """Return attention whose keys were joined with the prompts' beforehand: what is left when no copy counts."""
+    found = case(B, N, 0, H, d, dtype, device, others)
+
+    def draw() -> Inputs:
+        return {n: torch.randn(B, N + P * (n != "q"), H, d, device=device, dtype=dtype) for n in "qkv"}
+
+    shape = {"B": B, "N": N, "keys": N + P, "H": H, "d": d}
+    return replace(
+        found,
+        suite="joined beforehand",
+        shape=shape,
+        draw=draw,
+        work=work(B, N, P, H, d, itemsize=dtype.itemsize),
+        autotuned={},
+    )
+
+
+def _ours(function: Function, device: str, by_way: bool | None) -> dict[str, Function]:
+    """Return `function` on each backend, and if `by_way` by each of :func:`ways`."""
+    found = ours(function.__name__, device, lambda backend: partial(function, backend=backend))
+    return {**found, **dict.fromkeys(ways(device, by_way), function)}
+
+
+def ways(device: str, by_way: bool | None = None) -> dict[str, Context]:
+    """Return the contexts of the competitors that compute attention by one way each: on a GPU, or if `by_way`."""
+    asked = device.startswith("cuda") if by_way is None else by_way
+    return {f"fastprompt {way}": partial(use_way, way) for way in WAYS} if asked else {}
 
 
 def _prompts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
@@ -172,14 +216,28 @@ def cases(size: Size) -> Iterator[Case]:
     B, N, H, d = size.B, size.N, size.H, size.D // size.H
     on = (size.dtype, size.device)
     gpu = size.device.startswith("cuda")
-    fast = ("sdpa flash", "sdpa cudnn", "sdpa efficient") if gpu else ("sdpa flash", "sdpa math", "products")
+    fast = (
+        ("sdpa flash", "sdpa cudnn", "sdpa efficient", "sdpa any")
+        if gpu
+        else ("sdpa flash", "sdpa math", "products")
+    )
     for P in (50, 10, 100, 0):
         slow = ("sdpa math", "products") if gpu and P == 50 else ()
         yield case(B, N, P, H, d, *on, (*fast, *slow))
     for P in (50, 10, 100) if gpu else (50,):
         yield packed_case(B, N, P, H, d, *on, fast)
+    yield joined_case(B, N, 50, H, d, *on, fast)
     for other_N, other_H, other_d in ((257, 16, 80), (197, 6, 64), (197, 16, 64)) if gpu else ():
         yield replace(case(B, other_N, 50, other_H, other_d, *on, fast), autotuned={})
+
+
+def longer(size: Size) -> Iterator[Case]:
+    """Yield the comparisons at the lengths of 384 and 518 pixels, with 50 prompts, for as many tokens in all."""
+    gpu = size.device.startswith("cuda")
+    fast = ("sdpa flash", "sdpa cudnn", "sdpa efficient") if gpu else ("sdpa flash",)
+    for N in (577, 1370) if gpu else (2 * size.N, 3 * size.N):
+        B = max(1, size.B * size.N // N)
+        yield packed_case(B, N, 50, size.H, size.D // size.H, size.dtype, size.device, fast)
 
 
 def sweep(device: str, tiny: bool) -> Iterator[Case]:
@@ -220,9 +278,23 @@ def sweep(device: str, tiny: bool) -> Iterator[Case]:
 
 def reach(key: config.Key, images: int, widest: bool) -> Case:
     """Return a case that the table's entry `key` serves: of a shape that models have, or the widest."""
-    N, B = (577, images // 2) if key.length == "long" else (197, images)
+    N, P, B = {"medium": (197, 100, images), "long": (577, 50, images // 2)}.get(
+        key.length, (197, 50, images)
+    )
+    return _reaching(key, B, N, P, widest)
+
+
+def timed(key: config.Key, images: int) -> list[Case]:
+    """Return the cases by which the entry `key` is judged: of many keys, several lengths, of about the same time."""
+    if key.length != "long":
+        return [reach(key, images, False)]
+    return [_reaching(key, max(1, images * 300**2 // N**2), N, 50, False) for N in (397, 577, 1370)]
+
+
+def _reaching(key: config.Key, B: int, N: int, P: int, widest: bool) -> Case:
     d = key.head_dim if widest or key.head_dim == 64 else 80
-    found = case(B, N, 50, 12, d, DTYPES[key.itemsize], "cuda")
+    found = case(B, N, P, 12, d, DTYPES[key.itemsize], "cuda")
+    found.contexts["fastprompt triton"] = partial(use_way, "resident" if key.length == "short" else "looped")
     if key.length == "one":
         draw = found.draw
         found.draw = lambda: {name: x[:, :1] if name == "q" else x for name, x in draw().items()}
@@ -232,17 +304,18 @@ def reach(key: config.Key, images: int, widest: bool) -> Case:
 # Offline compilation -------------------------------------------------------------------------------------------------
 
 # (queries, keys without prompts, head_dim). Every entry of the table, with as much left over by whole tiles as may be.
-FORWARD_ENTRIES = [(*at, d) for d, at in product((64, 128), ((1, 181), (181, 181), (629, 629)))]
-BACKWARD_ENTRIES = ((181, 181, 64), (629, 629, 64), (629, 629, 128))
+FORWARD_ENTRIES = [(*at, d) for d, at in product((64, 128), ((1, 245), (245, 245), (309, 309), (629, 629)))]
+BACKWARD_ENTRIES = ((181, 181, 64), *((n, n, d) for n, d in product((309, 629), (64, 128))))
 # Shapes that make other code of them: little left over, other pieces of keys, head_dim in two pieces.
 FORWARD_VARIANTS = [(N, N, d) for N, d in ((197, 64), (50, 64), (237, 64), (197, 40), (197, 80), (577, 88))]
 BACKWARD_VARIANTS = ((577, 577, 64), (197, 197, 80), (577, 577, 88))
 
 
 def entries() -> Iterator[Compilation]:
-    """Yield a launch for each entry of the tables in each dtype, with a temperature."""
+    """Yield a launch for each entry of the tables in each dtype, with a temperature; a forward also without."""
     for dtype in (BF16, FP16, FP32):
         yield from _launches(FORWARD_ENTRIES, BACKWARD_ENTRIES, dtype)
+    yield from _launches(FORWARD_ENTRIES, (), BF16, with_temperature=False)
     yield from prompt_segment.entries()
 
 
@@ -257,7 +330,10 @@ def variants() -> Iterator[Compilation]:
 
 
 def _launches(
-    forward: Iterable[tuple[int, int, int]], backward: Iterable[tuple[int, int, int]], dtype: torch.dtype
+    forward: Iterable[tuple[int, int, int]],
+    backward: Iterable[tuple[int, int, int]],
+    dtype: torch.dtype,
+    with_temperature: bool = True,
 ) -> Iterator[Compilation]:
     """Yield forwards and backwards for everything; q, k and v of one length are views of a packed tensor."""
     from fastprompt.kernels.triton import prompt_attention as kernels
@@ -270,7 +346,7 @@ def _launches(
             out = meta(B, queries, H, d, dtype=dtype)
             q = q if queries == keys else out
             prompts, temperature = meta(2, P, H, d, dtype=dtype), meta(1)
-            inputs = q, k, v, *prompts, temperature, None
+            inputs = q, k, v, *prompts, temperature if with_temperature else None, None
             if kind == "fwd":
                 yield name, partial(kernels.forward, *inputs, 0.125)
             else:
@@ -278,4 +354,6 @@ def _launches(
                 yield name, partial(kernels.backward, out, *inputs, out, lse, 0.125, [True] * 6)
 
 
-OPERATION = Operation("prompt_attention", cases, floors, reach, entries, variants, sweep=sweep)
+OPERATION = Operation(
+    "prompt_attention", cases, floors, reach, entries, variants, sweep=sweep, timed_cases=timed
+)

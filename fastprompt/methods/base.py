@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastprompt import backbone
 from fastprompt.backbone import Backbone, HeadInput
+from fastprompt.blocks import Recompute
 from fastprompt.config import Pool, PromptConfig
 
 # (block, its input tokens [B, N, D], the number of carried prompts among them)
@@ -42,6 +43,7 @@ class PromptModel(nn.Module, ABC):
         prompts: `ParameterList`, one [P, D] for each prompted block ([P, project] with a projection).
         config: the method's configuration.
         shortcuts: whether to skip computation that affects neither logits nor gradients; may be set at any time.
+        recompute: the part of each block that the backward computes again; may be set at any time.
     """
 
     config_class: ClassVar[type[PromptConfig]]
@@ -55,7 +57,14 @@ class PromptModel(nn.Module, ABC):
         if "config_class" in cls.__dict__:
             MODELS[cls.config_class] = cls
 
-    def __init__(self, base: Backbone, config: PromptConfig, *, shortcuts: bool = True) -> None:
+    def __init__(
+        self,
+        base: Backbone,
+        config: PromptConfig,
+        *,
+        shortcuts: bool = True,
+        recompute: Recompute | None = None,
+    ) -> None:
         self.check(base, config)
         super().__init__()
         base.requires_grad_(False)
@@ -64,6 +73,7 @@ class PromptModel(nn.Module, ABC):
         self.base = base
         self.config = config
         self.shortcuts = shortcuts
+        self.recompute = recompute
         self.add_prompts()
         self.train(base.training)
 
@@ -98,6 +108,7 @@ class PromptModel(nn.Module, ABC):
         reads: HeadInput,
         on_block: OnBlock | None = None,
         depth: int | None = None,
+        recompute: Recompute | None = None,
     ) -> tuple[Tensor, int]:
         """Run tokens through the blocks. Prompts come only from `state`, so that a folded model needs none.
 
@@ -109,6 +120,7 @@ class PromptModel(nn.Module, ABC):
             reads: the rows of the last block that the head reads; other rows need not be computed.
             on_block: called before each block.
             depth: the number of blocks to run; None for all.
+            recompute: the part of each block that the backward computes again, or None.
 
         Returns:
             The output selected by `reads` ([B, R, D] rows, [B, D] mean, or all rows), and the number of prompts among
@@ -135,7 +147,8 @@ class PromptModel(nn.Module, ABC):
             backbone.check_labels(self.base, images, labels, "PromptModel")
         reads = self._head_input()
         x, ropes = backbone.embed(self.base, images)
-        x, carried = self.run(self.base, self.prepare(len(x), reads), x, ropes, reads)
+        state = self.prepare(len(x), reads)
+        x, carried = self.run(self.base, state, x, ropes, reads, recompute=self.recompute)
         _, logits = backbone.apply_head(self.base, x, reads, self.pool, carried)
         return logits if labels is None else PromptOutput(logits, logits.new_zeros(()))
 
@@ -250,7 +263,7 @@ class PromptModel(nn.Module, ABC):
         backbone.check_images(self.base, images, caller)
         x, ropes = backbone.embed(self.base, images)
         state = self.prepare(len(x), HeadInput())
-        return self.run(self.base, state, x, ropes, HeadInput(), on_block, depth)
+        return self.run(self.base, state, x, ropes, HeadInput(), on_block, depth, self.recompute)
 
 
 class FoldedPromptModel(nn.Module):
@@ -276,9 +289,14 @@ class FoldedPromptModel(nn.Module):
                 self._leaves[i] = None
         super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> logits [B, classes]."""
+        if torch.compiler.is_exporting():  # a change of the grad mode would be an operator of the program
+            return self._logits(images)
+        with torch.no_grad():
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         backbone.check_images(self.base, images, "FoldedPromptModel")
         leaves = [getattr(self, f"constant_{i}", leaf) for i, leaf in enumerate(self._leaves)]
         state = pytree.tree_unflatten(leaves, self._structure)

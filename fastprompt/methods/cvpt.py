@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, blocks, vit
 from fastprompt.backbone import Backbone, HeadInput
-from fastprompt.blocks import Context, Cross
+from fastprompt.blocks import Context, Cross, Recompute
 from fastprompt.config import CVPTConfig, PromptConfig
 from fastprompt.methods.base import OnBlock, PromptModel
 from fastprompt.ops import FoldedPrompts, ProjectedPrompts, choose_form, fold_prompts, project_prompts
@@ -70,18 +70,21 @@ class CVPTModel(PromptModel):
         reads: HeadInput,
         on_block: OnBlock | None = None,
         depth: int | None = None,
+        recompute: Recompute | None = None,
     ) -> tuple[Tensor, int]:
-        run_block = blocks.recomputed(base, blocks.run_block)
-        run_rows = blocks.recomputed(base, blocks.run_rows)
-        last = len(base.blocks) - 1
-        for i, block in enumerate(backbone.blocks_of(base)[:depth]):
+        recompute = blocks.recompute_of(base, recompute)
+        last, normed = len(base.blocks) - 1, None
+        base_blocks = backbone.blocks_of(base)[:depth]
+        for i, (block, following) in enumerate(zip(base_blocks, [*base_blocks[1:], None], strict=True)):
             if on_block is not None:
                 on_block(i, x, 0)
-            context = Context(rope=ropes[i], cross=state[i])
+            context = Context(
+                rope=ropes[i], cross=state[i], following=following, normed=normed, recompute=recompute
+            )
             if i == last and reads.rows is not None:
-                x = run_rows(block, x, None, context, reads.rows)
+                x = blocks.run_rows(block, x, None, context, reads.rows)
             else:
-                x, _ = run_block(block, x, None, context, reads.spans if i == last else None)
+                x, normed = blocks.run_block(block, x, None, context, reads.spans if i == last else None)
         return x, 0
 
 

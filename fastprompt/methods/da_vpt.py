@@ -133,7 +133,8 @@ class DAVPTModel(VPTModel):
 
         reads = self._head_input()
         x, ropes = backbone.embed(self.base, images)
-        x, carried = self.run(self.base, self.prepare(len(x), reads), x, ropes, reads, guide)
+        state = self.prepare(len(x), reads)
+        x, carried = self.run(self.base, state, x, ropes, reads, guide, recompute=self.recompute)
         features, logits = backbone.apply_head(self.base, x, reads, self.pool, carried)
         if self.training:
             self._remember(features.detach(), labels)

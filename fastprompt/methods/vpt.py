@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastprompt import backbone, blocks
 from fastprompt.backbone import Backbone, HeadInput
-from fastprompt.blocks import BlockPrompts, Context
+from fastprompt.blocks import BlockPrompts, Context, Recompute
 from fastprompt.config import PromptConfig, VPTConfig
 from fastprompt.methods.base import OnBlock, PromptModel
 
@@ -115,9 +115,9 @@ class VPTModel(PromptModel):
         reads: HeadInput,
         on_block: OnBlock | None = None,
         depth: int | None = None,
+        recompute: Recompute | None = None,
     ) -> tuple[Tensor, int]:
-        run_block = blocks.recomputed(base, blocks.run_block)
-        run_rows = blocks.recomputed(base, blocks.run_rows)
+        recompute = blocks.recompute_of(base, recompute)
         base_blocks = backbone.blocks_of(base)
         prefix, carried, normed = base.num_prefix_tokens, 0, None
         stop = len(base_blocks) if depth is None else depth
@@ -129,6 +129,7 @@ class VPTModel(PromptModel):
                 x = torch.cat([x[:, :prefix], rows.expand(x.shape[0], -1, -1), x[:, prefix + carried :]], 1)
                 carried, normed = rows.shape[-2], None
             last = i == len(base_blocks) - 1
+            goes_on = i + 1 < stop and state.rows[i + 1] is None  # as they are, to the next block's norm1
             context = Context(
                 rope=ropes[i],
                 prefix=prefix,
@@ -136,13 +137,16 @@ class VPTModel(PromptModel):
                 masked=state.masked and carried > 0,
                 temperature=state.temperatures[i] if state.temperatures else None,
                 gate=state.gates[i] if i < len(state.gates) and carried > 0 else None,
-                following=base_blocks[i + 1] if i + 1 < stop else None,
+                following=base_blocks[i + 1] if goes_on else None,
                 normed=normed,
+                recompute=recompute,
             )
             if last and reads.rows is not None:
-                x = run_rows(block, x, state.prompts[i], context, reads.rows)
+                x = blocks.run_rows(block, x, state.prompts[i], context, reads.rows)
             else:
-                x, normed = run_block(block, x, state.prompts[i], context, reads.spans if last else None)
+                x, normed = blocks.run_block(
+                    block, x, state.prompts[i], context, reads.spans if last else None
+                )
         return x, carried
 
     def prompts_of(self, block: int, batch_size: int | None) -> Tensor:

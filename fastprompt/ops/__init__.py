@@ -19,6 +19,7 @@ from fastprompt.ops.prompt_cross_attention import (
     prompt_cross_attention,
     prompt_cross_attention_reference,
 )
+from fastprompt.ops.residual_norm import residual_norm, residual_norm_reference
 from fastprompt.ops.row_attention import (
     folded_row_attention,
     folded_row_attention_reference,
@@ -45,5 +46,7 @@ __all__ = [
     "prompt_attention_reference",
     "prompt_cross_attention",
     "prompt_cross_attention_reference",
+    "residual_norm",
+    "residual_norm_reference",
     "row_attention",
 ]

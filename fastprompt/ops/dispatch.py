@@ -21,12 +21,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from fastprompt.kernels import native
+from fastprompt.kernels.identities import Refused
+from fastprompt.ops import profile, replay, trust
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
 AUTO = "auto"
@@ -42,6 +43,8 @@ class Kernel:
     Attributes:
         run: run the operation.
         can_run: for the same arguments, return why `run` cannot run them, or None.
+        why_defer: for the same arguments, return why "auto" should leave them to the next backend though this one can
+            run them, or None.
         automatic: whether "auto" may select it; otherwise it must be requested by name.
         fuses_norm: whether it computes a norm in the same pass over the sequence.
     """
@@ -50,6 +53,7 @@ class Kernel:
     can_run: Callable[..., str | None]
     automatic: bool = True
     fuses_norm: bool = False
+    why_defer: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass
@@ -96,9 +100,15 @@ class BackendTable(tuple[Backend, ...]):
 
     def __str__(self) -> str:
         rows = [(b.name, "yes" if b.available else "no", b.reason or ", ".join(b.operations)) for b in self]
-        return "\n".join(
-            ["backend  available  operations, or why not", *(f"{n:<8} {a:<10} {w}" for n, a, w in rows)]
-        )
+        lines = ["backend  available  operations, or why not", *(f"{n:<8} {a:<10} {w}" for n, a, w in rows)]
+        return "\n".join([*lines, *trust.report(), *_faults_of_tools()])
+
+
+def _faults_of_tools() -> list[str]:
+    if why_no_triton() is not None or not torch.cuda.is_available():
+        return []
+    fault = _import_triton("launch").assembler_fault(torch.device("cuda", torch.cuda.current_device()))
+    return [] if fault is None else [f"Warning: {fault}"]
 
 
 def backends() -> BackendTable:
@@ -139,8 +149,41 @@ def requested(backend: str = AUTO) -> str:
     return name
 
 
+def run(operation: str, backend: str, *args: Any) -> Any:
+    """Run `operation` on the backend requested, or for "auto" on the first that can.
+
+    Raises:
+        NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
+    """
+    key = None if trust.always() else replay.signature(operation, backend, args)
+    if key is None:
+        return _run_first(operation, backend, *args)
+    return replay.run(key, functools.partial(_run_first, operation, backend), *args)
+
+
+def _run_first(operation: str, backend: str, *args: Any) -> Any:
+    if backend != AUTO:
+        name, kernel = select(operation, backend, *args)
+        try:
+            return _run(operation, name, kernel, args)
+        except Refused as refused:
+            raise _cannot(operation, backend, str(refused)) from refused
+    for name, kernel in _candidates(operation, *args):
+        try:
+            return _run(operation, name, kernel, args)
+        except Refused:
+            continue
+    raise _nobody(operation, *args)
+
+
+def _run(operation: str, name: str, kernel: Kernel, args: tuple[Any, ...]) -> Any:
+    if name != "triton":
+        return kernel.run(*args)
+    return trust.run(operation, kernel.run, _backends["eager"].kernels[operation].run, *args)
+
+
 def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
-    """Return the backend and the kernel that run `operation` on `args`.
+    """Return the backend and the kernel that run `operation` on `args`, unless the kernel is refused.
 
     Raises:
         NotImplementedError: `backend` is requested by name and cannot run the call; the message says why.
@@ -148,20 +191,35 @@ def select(operation: str, backend: str, *args: Any) -> tuple[str, Kernel]:
     if backend != AUTO:
         reason = why_not(operation, backend, *args)
         if reason is not None:
-            raise NotImplementedError(
-                f"`{operation}`: backend {backend!r} was requested by name and cannot run this call: {reason}; "
-                "use backend 'auto' or 'eager'"
-            )
+            raise _cannot(operation, backend, reason)
         return backend, _backends[backend].kernels[operation]
+    for candidate in _candidates(operation, *args):
+        return candidate
+    raise _nobody(operation, *args)
+
+
+def _candidates(operation: str, *args: Any) -> Iterator[tuple[str, Kernel]]:
+    """Yield the backends and kernels that "auto" may use for `args`, the first choice first."""
     for candidate in _backends.values():
         kernel = candidate.automatic_kernel(operation)
-        if kernel is None or kernel.can_run(*args) is not None:
+        if kernel is None or kernel.can_run(*args) is not None or kernel.why_defer(*args) is not None:
             continue
         if candidate.available:
-            return candidate.name, kernel
-        candidate.on_missed()
+            yield candidate.name, kernel
+        else:
+            candidate.on_missed()
+
+
+def _cannot(operation: str, backend: str, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{operation}`: backend {backend!r} was requested by name and cannot run this call: {reason}; "
+        "use backend 'auto' or 'eager'"
+    )
+
+
+def _nobody(operation: str, *args: Any) -> NotImplementedError:
     reasons = "\n".join(f"  {name}: {reason}" for name, reason in explain(operation, *args).items())
-    raise NotImplementedError(f"`{operation}`: no backend can run this call:\n{reasons}")
+    return NotImplementedError(f"`{operation}`: no backend can run this call:\n{reasons}")
 
 
 def why_not(operation: str, backend: str, *args: Any) -> str | None:
@@ -178,23 +236,6 @@ def why_missing(operation: str, backend: str) -> str | None:
 def explain(operation: str, *args: Any) -> dict[str, str | None]:
     """Return, for every backend, why it cannot run `operation` on `args`, or None."""
     return {name: why_not(operation, name, *args) for name in BACKENDS}
-
-
-def auto_is_eager(operation: str, tensor: torch.Tensor) -> bool:
-    """Return whether "auto" selects `eager` for calls of `operation` whose first argument is like `tensor`."""
-    # A power of two makes the width a constant for the compiler, even if it traces symbolic sizes.
-    width = next((w for w in (64, 128, 256) if tensor.shape[-1] <= w), 512)
-    return _auto_is_eager(operation, tensor.device, tensor.dtype, width)
-
-
-@torch.compiler.assume_constant_result  # the compiler cannot trace how availability is found out
-def _auto_is_eager(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    example = SimpleNamespace(device=device, dtype=dtype, shape=(1, 1, 1, width))  # a tensor would be traced
-    for backend in _backends.values():
-        kernel = backend.automatic_kernel(operation)
-        if kernel is not None and backend.available and kernel.can_run(example) is None:
-            return backend.name == "eager"
-    return False
 
 
 def has_fused_kernel(operation: str, tensor: torch.Tensor) -> bool:
@@ -215,14 +256,24 @@ def _fuses_norm(operation: str, name: str) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result
+def triton_is_available() -> bool:
+    """Return whether the backend `triton` is available in this process."""
+    return why_no_triton() is None
+
+
 # Registration ---------------------------------------------------------------------------------------------------
 
 
 def register(
-    operation: str, backend: str, run: Callable[..., Any], can_run: Callable[..., str | None]
+    operation: str,
+    backend: str,
+    run: Callable[..., Any],
+    can_run: Callable[..., str | None],
+    why_defer: Callable[..., str | None] | None = None,
 ) -> None:
     """Add a kernel for `operation` to `backend`."""
-    _backends[backend].kernels[operation] = Kernel(run, can_run)
+    _backends[backend].kernels[operation] = Kernel(run, can_run, why_defer=why_defer or always)
 
 
 def register_triton(
@@ -242,6 +293,7 @@ class _TritonKernel(Kernel):
     def __getattr__(self, name: str) -> Any:
         if name not in ("run", "can_run"):
             raise AttributeError(name)
+        profile.apply_tiles()
         module = _import_triton(self.module)
         self.run, self.can_run = getattr(module, self.function), getattr(module, f"can_{self.function}")
         return self.__dict__[name]

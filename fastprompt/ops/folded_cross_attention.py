@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.norm import Norm, check_norm, empty_norm, layer_norm, layer_norm_reference
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -59,19 +61,20 @@ def folded_cross_attention(
         backend: "auto", or the backend that must run this call (:func:`fastprompt.backends`).
 
     Returns:
-        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. The norm acts on y rounded to its
-        dtype and computes in float32 or better.
+        y [B, N, D], contiguous, and LayerNorm(y) likewise, or None without a norm. Under autocast the products and
+        LayerNorm(y) have its dtype. The norm acts on y rounded to its dtype and computes in float32 or better.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names value and remedy.
         NotImplementedError: `norm` requires a gradient, or `backend` names one that cannot run this call.
     """
     _check(x, folded, residual, norm)
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=True):
+        return _plain(x, folded, residual, norm)
     affine = (None, None, None) if norm is None else norm
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *folded))
-    y, _, normed, _, _ = torch.ops.fastprompt.folded_cross_attention(
-        x, *folded, residual, *affine, trains, dispatch.requested(backend)
-    )
+    y, _, normed, _, _ = call("folded_cross_attention", x, *folded, residual, *affine, trains, backend)
     return y, None if norm is None else normed
 
 
@@ -86,7 +89,24 @@ def folded_cross_attention_reference(
         y = torch.einsum("bnhp,hpd->bnd", logits.softmax(-1), value)
         y = y if folded.out_bias is None else y + folded.out_bias.to(wide)
         y = (x.to(wide) + y if residual else y).to(x.dtype)
-        return y, None if norm is None else layer_norm_reference(y, norm)
+        return y, None if norm is None else layer_norm_reference(y, norm, folded.key.dtype)
+
+
+def _plain(
+    x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the same in the dtype of the products; under autocast that is its own."""
+    key, bias, value, out_bias = folded
+    H, P, _ = key.shape
+    logits = torch.addmm(bias.flatten(), x.flatten(0, 1), key.flatten(0, 1).mT)
+    weights = logits.unflatten(1, (H, P)).softmax(-1).flatten(1)
+    if out_bias is None:
+        out = weights @ value.flatten(0, 1)
+    else:
+        out = torch.addmm(out_bias, weights, value.flatten(0, 1))
+    y = out.view(*x.shape[:2], value.shape[2])
+    y = x + y if residual else y
+    return y, None if norm is None else layer_norm_reference(y, norm, out.dtype)
 
 
 def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) -> None:
@@ -114,8 +134,8 @@ def _check(x: Tensor, folded: FoldedPrompts, residual: bool, norm: Norm | None) 
 
 
 # The operator. `x` may have a wider dtype than the folded prompts (the residual stream under autocast): products run in
-# theirs. `y` has theirs too, or with `residual` the wider of both. `weights` [B, N, H, P] is the softmax, for the
-# backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean` and `rstd` [B, N] are empty.
+# theirs, which `normed` has too. `y` has theirs, or with `residual` the wider of both. `weights` [B, N, H, P] is the
+# softmax, for the backward; empty unless `keep`. `eps` None: no norm, and `normed`, `mean`, `rstd` [B, N] are empty.
 
 
 def _out_dtype(x: Tensor, key: Tensor, residual: bool) -> torch.dtype:
@@ -137,7 +157,7 @@ def _fake(
 ) -> _Forward:
     B, N, _ = x.shape
     y = x.new_empty((B, N, value.shape[2]), dtype=_out_dtype(x, key, residual))
-    return y, key.new_empty((B, N, *key.shape[:2]) if keep else 0), *empty_norm(y, eps)
+    return y, key.new_empty((B, N, *key.shape[:2]) if keep else 0), *empty_norm(y, key.dtype, eps)
 
 
 def _fake_backward(
@@ -187,7 +207,7 @@ _OPERATOR = define_operator(
     flops=_flops,
 )
 # `needs`: which of dx, d(key), d(bias), d(value), d(out_bias) are needed; the others are empty, and input tensors that
-# are not needed are None. `gated_blend_backward` computes the norm's gradient first.
+# are not needed are None. `residual_norm_backward` computes the norm's gradient first.
 _BACKWARD = define_operator(
     "folded_cross_attention_backward(Tensor grad, Tensor? x, Tensor? key, Tensor? value, Tensor? weights, "
     "bool residual, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -200,7 +220,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
     x, key, bias, value, out_bias, residual, norm_weight, _norm_bias, eps, keep, backend = inputs
     y, weights, normed, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.residual, ctx.backend = residual, backend
+    ctx.residual, ctx.backend, ctx.wide = residual, backend, y.dtype
     ctx.dtypes = [x.dtype, key.dtype, bias.dtype, value.dtype, None if out_bias is None else out_bias.dtype]
     needs = ctx.needs_input_grad
     if any(needs[:5]) and not keep:
@@ -229,13 +249,10 @@ def _backward(
     saved = ctx.saved_tensors
     grad = grad_y
     if grad_normed is not None:
-        grad, _d_prompt, _d_gate = torch.ops.fastprompt.gated_blend_backward(
-            grad_y, grad_normed, *saved[4:], None, None, 0, 0, [True, False, False], ctx.backend
-        )
+        of_norm = (*saved[4:], None, ctx.wide, [True, False])
+        grad, _d_delta = call("residual_norm_backward", grad_y, grad_normed, *of_norm, ctx.backend)
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
-    found = torch.ops.fastprompt.folded_cross_attention_backward(
-        grad, *saved[:4], ctx.residual, needs, ctx.backend
-    )
+    found = call("folded_cross_attention_backward", grad, *saved[:4], ctx.residual, needs, ctx.backend)
     wanted = [g.to(dtype) if need else None for g, need, dtype in zip(found, needs, ctx.dtypes, strict=True)]
     return (*wanted, *(None,) * 6)
 
@@ -297,7 +314,7 @@ def _forward_eager(
         out = hidden @ values + rows if residual else hidden @ values
     y = out.view(B, N, value.shape[2])
     kept = weights.view(B, N, H, P) if keep else key.new_empty(0)
-    return y, kept, *layer_norm(y, norm_weight, norm_bias, eps)
+    return y, kept, *layer_norm(y, key.dtype, norm_weight, norm_bias, eps)
 
 
 def _backward_eager(
@@ -347,3 +364,5 @@ dispatch.register_triton(
 dispatch.register_triton(
     "folded_cross_attention_backward", "folded_cross_attention", "backward", automatic=False
 )
+trust.describe("folded_cross_attention", lambda *args: (0,))
+trust.describe("folded_cross_attention_backward", lambda *args: (0, 1, 4))

@@ -1,4 +1,8 @@
-"""The LayerNorm that an operation may apply to its output, in the same pass over the sequence."""
+"""The LayerNorm that an operation may apply to its output y, in the same pass over the sequence.
+
+Under autocast y, the residual stream, is wider than what a Linear layer gives and takes. So the norm's output has the
+dtype of the branch that was added: the next Linear reads it without a cast.
+"""
 
 from __future__ import annotations
 
@@ -41,41 +45,55 @@ def check_norm(caller: str, norm: Norm | None, width: int, device: torch.device)
             )
 
 
-def layer_norm_reference(y: Tensor, norm: Norm) -> Tensor:
-    """Return the LayerNorm of y [B, N, D], computed in float32 or better, in y's dtype: the specification."""
+def layer_norm_reference(y: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """Return the LayerNorm of y [B, N, D], computed in float32 or better, in `dtype`: the specification."""
     wide = accumulation_dtype(y.dtype)
     weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
-    return F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm.eps).to(y.dtype)
+    return F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm.eps).to(dtype)
 
 
-def empty_norm(y: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def empty_norm(y: Tensor, dtype: torch.dtype, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return uninitialized outputs for :func:`layer_norm` of y, of size 0 if `eps` is None (no norm)."""
     wide = accumulation_dtype(y.dtype)
     rows: tuple[int, ...] = (0,) if eps is None else y.shape[:-1]
     return (
-        y.new_empty(0 if eps is None else y.shape),
+        y.new_empty(0 if eps is None else y.shape, dtype=dtype),
         y.new_empty(rows, dtype=wide),
         y.new_empty(rows, dtype=wide),
     )
 
 
 def layer_norm(
-    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+    y: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the LayerNorm of y [B, N, D] in its dtype, and `mean` and `rstd` [B, N] in float32 or better."""
+    """Return the LayerNorm of y [B, N, D] in `dtype`, and `mean` and `rstd` [B, N] in float32 or better."""
     if eps is None:
-        return empty_norm(y, eps)
+        return empty_norm(y, dtype, eps)
     wide = accumulation_dtype(y.dtype)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     normed, mean, rstd = torch.native_layer_norm(y.to(wide), y.shape[-1:], weight, bias, eps)
-    return normed.to(y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def layer_norm_backward(grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the gradient of y [B, N, D], in float32 or better."""
+def gradient_of_both(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Return the gradient of y [B, N, D] from those of y and LayerNorm(y), of which one may be None.
+
+    In float32 or better if one is from the norm.
+    """
+    if grad_normed is None or y is None or mean is None or rstd is None:
+        assert grad_y is not None
+        return grad_y
     wide = mean.dtype
     weight = None if weight is None else weight.to(wide)
-    return torch.ops.aten.native_layer_norm_backward(
-        *(grad.to(wide), y.to(wide), y.shape[-1:], mean[..., None], rstd[..., None], weight, None),
+    grad = torch.ops.aten.native_layer_norm_backward(
+        *(grad_normed.to(wide), y.to(wide), y.shape[-1:], mean[..., None], rstd[..., None], weight, None),
         [True, False, False],
     )[0]
+    return grad if grad_y is None else grad + grad_y

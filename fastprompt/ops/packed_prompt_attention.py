@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastprompt.ops import dispatch
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
 )
-from fastprompt.ops.prompt_attention import (
-    check_attention,
-    forward_eager,
-    gradients_eager,
-    is_plain,
-    plain_attention,
-)
+from fastprompt.ops.prompt_attention import check_attention, is_plain, plain_attention
 
 
 def packed_prompt_attention(
@@ -61,10 +55,10 @@ def packed_prompt_attention(
         prompt_k = prompt_v = prompt_index = None
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = dispatch.requested(backend)
-    if prompt_k is None and temperature is None and is_plain(q, backend):
-        return plain_attention(q, k, v, scale)
-    arguments = (qkv, prompt_k, prompt_v, temperature, prompt_index, scale)
-    out, _ = torch.ops.fastprompt.packed_prompt_attention(*arguments, backend)
+    rest = (prompt_k, prompt_v, temperature, prompt_index, scale)
+    if is_plain(q, k, prompt_k, temperature, backend):
+        return plain_attention(q, k, v, *rest)
+    out, _ = call("packed_prompt_attention", qkv, *rest, backend)
     return out
 
 
@@ -127,20 +121,23 @@ _BACKWARD = define_operator(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, backend = inputs
+    qkv, *tensors, scale, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend = scale, backend
-    ctx.save_for_backward(*tensors, out, lse)
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+        # Only prompts train: a copy of the queries, a third of qkv, is kept in its place (`unpack`).
+        qkv = qkv[:, :, :1].contiguous()
+    ctx.save_for_backward(qkv, *tensors, out, lse)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
     needs = [bool(n) for n in ctx.needs_input_grad[:4]]
-    gradients = torch.ops.fastprompt.packed_prompt_attention_backward(
-        grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
+    gradients = call(
+        "packed_prompt_attention_backward", grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, None, None, None)
@@ -149,45 +146,3 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
 register_gradient(_OPERATOR, setup=_setup, backward=_backward)
 mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2))
-
-
-# The backend `eager` --------------------------------------------------------------------------------------------
-
-
-def _forward_eager(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return forward_eager(q, k, v, *rest)
-
-
-def _backward_eager(
-    grad: Tensor,
-    qkv: Tensor,
-    prompt_k: Tensor | None,
-    prompt_v: Tensor | None,
-    temperature: Tensor | None,
-    prompt_index: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    need_qkv, *others = needs
-    inputs = (prompt_k, prompt_v, temperature)
-    q, k, v = qkv.unbind(2)
-    gradients = gradients_eager(
-        grad, q, k, v, *inputs, prompt_index, out, lse, scale, [need_qkv] * 3 + others
-    )
-    packed = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
-    if need_qkv:
-        for part, gradient in zip(packed.unbind(2), gradients[:3], strict=True):
-            part.copy_(gradient)  # type: ignore[arg-type]
-    return packed, *(
-        qkv.new_empty(0) if x is None or g is None else g.to(x.dtype).contiguous()
-        for g, x in zip(gradients[3:], inputs, strict=True)
-    )
-
-
-dispatch.register_triton("packed_prompt_attention", "prompt_attention", "packed_forward")
-dispatch.register_triton("packed_prompt_attention_backward", "prompt_attention", "packed_backward")
-dispatch.register("packed_prompt_attention", "eager", _forward_eager, dispatch.always)
-dispatch.register("packed_prompt_attention_backward", "eager", _backward_eager, dispatch.always)

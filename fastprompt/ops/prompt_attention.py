@@ -10,24 +10,24 @@ outputs the next block discards. The temperature is GateVPT's (Yoo et al., ICML 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import attention_backends, attention_choice, dispatch  # noqa: F401
+from fastprompt.ops.attention_ways import Inputs, call_of, join, needs_image_keys
 from fastprompt.ops.checks import check_devices_and_dtypes, check_one_element
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
-
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def prompt_attention(
@@ -70,10 +70,10 @@ def prompt_attention(
         prompt_k = prompt_v = prompt_index = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = dispatch.requested(backend)
-    if prompt_k is None and temperature is None and is_plain(q, backend):
-        return plain_attention(q, k, v, scale)
     arguments = (q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    out, _ = torch.ops.fastprompt.prompt_attention(*arguments, backend)
+    if is_plain(q, k, prompt_k, temperature, backend):
+        return plain_attention(*arguments)
+    out, _ = call("prompt_attention", *arguments, backend)
     return out
 
 
@@ -95,7 +95,7 @@ def prompt_attention_reference(
     with torch.autocast(q.device.type, enabled=False):
         wide = accumulation_dtype(q.dtype)
         keys, values = (
-            _all_keys(x.to(wide), None if p is None else p.to(wide), prompt_index)
+            join(x.to(wide), None if p is None else p.to(wide), prompt_index)
             for x, p in ((k, prompt_k), (v, prompt_v))
         )
         logits = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys)
@@ -103,15 +103,6 @@ def prompt_attention_reference(
         if temperature is not None:
             logits = logits / temperature.to(wide)
         return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), values).to(q.dtype)
-
-
-def _all_keys(image: Tensor, prompt: Tensor | None, index: Tensor | None) -> Tensor:
-    """Concatenate [B, N, H, d] and prompts of any of the three kinds to [B, N + P, H, d]."""
-    if prompt is None:
-        return image
-    if index is not None:
-        prompt = prompt.index_select(0, index)
-    return torch.cat([image, prompt.expand(image.shape[0], -1, -1, -1)], dim=1)
 
 
 # The operator ---------------------------------------------------------------------------------------------------
@@ -247,9 +238,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 9
     needs = [bool(n) for n in ctx.needs_input_grad[:6]]
-    gradients = torch.ops.fastprompt.prompt_attention_backward(
-        grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
-    )
+    gradients = call("prompt_attention_backward", grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, None, None, None)
 
@@ -259,15 +248,10 @@ mark_as_backward(_BACKWARD)
 autocast(_OPERATOR, cast=(0, 1, 2, 3, 4))
 
 
-# The backend `eager` --------------------------------------------------------------------------------------------
-#
-# On a CPU, SDPA's flash kernel over [keys ; prompt keys] is the fastest form: joining them takes 0.5 of 8 ms at
-# [8, 197, 12, 64] with P = 10; two segments merged by their LSEs take 8.2 ms, plain products for one image at a time
-# 9.3 ms (Xeon with AVX-512, 2 threads, float32). In bfloat16 its backward takes 49 ms, plain products 34 ms, and its
-# float32 backward 17 ms without casts, so the backward always runs in float32 or better.
+# Without an operator of ours -------------------------------------------------------------------------------------
 
 
-def forward_eager(
+def plain_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -276,178 +260,23 @@ def forward_eager(
     temperature: Tensor | None,
     prompt_index: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    B, Nq, H, _ = q.shape
-    wide = accumulation_dtype(q.dtype)
-    _check_index(prompt_k, prompt_index)
-    keys = _all_keys(k, prompt_k, prompt_index)
-    values = _all_keys(v, prompt_v, prompt_index)
-    if _flash_runs(q, keys):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_heads_first(q, keys, values), 0.0, False, scale=_divide(scale, temperature)
-        )
-        return out.transpose(1, 2).contiguous(), lse.to(wide).contiguous()
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, keys).to(wide).mul_(scale)
+) -> Tensor:
+    """Return [B, Nq, H, d] by PyTorch's own attention over joined keys, with its own gradient."""
+    k, v = join(k, prompt_k, prompt_index), join(v, prompt_v, prompt_index)
     if temperature is not None:
-        logits.div_(temperature.to(wide))
-    lse = logits.logsumexp(-1)
-    weights = logits.sub_(lse.unsqueeze(-1)).exp_().to(q.dtype)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, values).contiguous(), lse
-
-
-def _backward_eager(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor | None,
-    prompt_v: Tensor | None,
-    temperature: Tensor | None,
-    prompt_index: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    needs: list[bool],
-) -> _Gradients:
-    inputs = (q, k, v, prompt_k, prompt_v, temperature)
-    gradients = gradients_eager(grad, *inputs, prompt_index, out, lse, scale, needs)
-    # An operator's outputs must not share memory, so each gradient that is not needed is a separate empty tensor.
-    return tuple(  # type: ignore[return-value]
-        q.new_empty(0) if x is None or g is None else g.to(x.dtype).contiguous()
-        for g, x in zip(gradients, inputs, strict=True)
-    )
-
-
-def gradients_eager(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor | None,
-    prompt_v: Tensor | None,
-    temperature: Tensor | None,
-    prompt_index: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """Return the gradients that are needed, in the accumulation dtype and with any strides."""
-    wide = accumulation_dtype(q.dtype)
-    grad, q, k, v, out = (x.to(wide) for x in (grad, q, k, v, out))
-    if prompt_k is not None and prompt_v is not None:
-        prompt_k, prompt_v = prompt_k.to(wide), prompt_v.to(wide)
-    if not needs_image_keys(needs):
-        # Nothing before this block trains, so only the prompt columns [B, H, Nq, P] are needed.
-        keys, values = (_all_keys(x[:, :0], p, prompt_index) for x, p in ((k, prompt_k), (v, prompt_v)))
-    else:
-        keys, values = _all_keys(k, prompt_k, prompt_index), _all_keys(v, prompt_v, prompt_index)
-    if needs_image_keys(needs) and _flash_runs(q, keys):
-        dq, dkeys, dvalues = (
-            x.transpose(1, 2)
-            for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_heads_first(grad, q, keys, values, out), lse, 0.0, False, scale=_divide(scale, temperature)
-            )
-        )
-    else:
-        dq, dkeys, dvalues = _backward_by_products(grad, q, keys, values, out, lse, scale, temperature, needs)
-    results: list[Tensor | None] = [None] * 6
-    P = 0 if prompt_k is None else prompt_k.shape[-3]
-    N = keys.shape[1] - P
-    if needs[0]:
-        results[0] = dq
-    for i, d, p in ((1, dkeys, prompt_k), (2, dvalues, prompt_v)):
-        if needs[i]:
-            results[i] = d[:, :N]
-        if needs[i + 2] and p is not None:
-            results[i + 2] = _reduce_prompts(d[:, N:], p, prompt_index)
-    if needs[5] and temperature is not None:
-        # Scores are linear in q, so that sum(q · dq) is the sum of score · d(score), and score ~ 1 / temperature.
-        results[5] = -(q * dq).sum().reshape(temperature.shape) / temperature
-    return results
-
-
-def _backward_by_products(
-    grad: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    temperature: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq [B, Nq, H, d], d(keys) and d(values) [B, N, H, d] by matrix products; those not needed are empty."""
-    grad, q, keys, values, out = _heads_first(grad, q, keys, values, out)
-    logits = torch.matmul(q, keys.mT).mul_(scale)
-    if temperature is not None:
-        logits.div_(temperature.to(logits.dtype))
-    weights = logits.sub_(lse.unsqueeze(-1)).exp_()
-    dq = dkeys = dvalues = q.new_empty(0, 0, 0, 0)
-    if needs[2] or needs[4]:
-        dvalues = torch.matmul(weights.mT, grad)
-    if any(needs[i] for i in (0, 1, 3, 5)):
-        delta = (grad * out).sum(-1, keepdim=True)
-        dlogits = torch.matmul(grad, values.mT).sub_(delta).mul_(weights).mul_(scale)
-        if temperature is not None:
-            dlogits.div_(temperature.to(dlogits.dtype))
-        if needs[0] or needs[5]:
-            dq = torch.matmul(dlogits, keys)
-        if needs[1] or needs[3]:
-            dkeys = torch.matmul(dlogits.mT, q)
-    return dq.transpose(1, 2), dkeys.transpose(1, 2), dvalues.transpose(1, 2)
-
-
-def _reduce_prompts(gradient: Tensor, prompt: Tensor, index: Tensor | None) -> Tensor:
-    """Reduce per-image prompt gradients [B, P, H, d] to the shape of `prompt`."""
-    if index is not None:
-        return torch.zeros_like(prompt).index_add_(0, index, gradient)
-    return gradient.sum(0) if prompt.ndim == 3 else gradient
-
-
-def needs_image_keys(needs: Sequence[bool]) -> bool:
-    """Return whether a gradient needs the image columns of the softmax; d(prompt_k) and d(prompt_v) do not."""
-    return needs[0] or needs[1] or needs[2] or needs[5]
-
-
-def is_plain(q: Tensor, backend: str) -> bool:
-    """Return whether "auto" runs attention without prompts on `q` by PyTorch's own operator."""
-    return backend == dispatch.AUTO and q.numel() > 0 and dispatch.auto_is_eager("prompt_attention", q)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return PyTorch's own attention [B, Nq, H, d], with its own gradient."""
-    q, k, v = _heads_first(q, k, v)
+        q = (q / temperature).to(q.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
-def _flash_runs(q: Tensor, keys: Tensor) -> bool:
-    return q.device.type == "cpu" and q.numel() > 0 and keys.numel() > 0
-
-
-def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Transpose [B, N, H, d] to [B, H, N, d], the last dimension dense as the flash kernel requires."""
-    return tuple((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors)
-
-
-def _divide(scale: float, temperature: Tensor | None) -> float:
-    return scale if temperature is None else scale / temperature.item()
-
-
-def _check_index(prompt_k: Tensor | None, index: Tensor | None) -> None:
-    # On a GPU the check would synchronize; there index_select asserts.
-    if prompt_k is None or index is None or index.device.type != "cpu" or index.numel() == 0:
-        return
-    low, high = (int(x) for x in index.aminmax())
-    if low < 0 or high >= prompt_k.shape[0]:
-        raise IndexError(
-            f"`prompt_attention`: `prompt_index` is {low} to {high}, outside the table of T={prompt_k.shape[0]} "
-            f"sets; use 0..{prompt_k.shape[0] - 1}"
-        )
-
-
-dispatch.register_triton("prompt_attention", "prompt_attention", "forward")
-dispatch.register_triton("prompt_attention_backward", "prompt_attention", "backward")
-dispatch.register("prompt_attention", "eager", forward_eager, dispatch.always)
-dispatch.register("prompt_attention_backward", "eager", _backward_eager, dispatch.always)
+def is_plain(q: Tensor, k: Tensor, prompt_k: Tensor | None, temperature: Tensor | None, backend: str) -> bool:
+    """Return whether the call is PyTorch's own attention: for a compiler, or where nothing is to be added."""
+    # Compiled by Inductor for a CPU, the operator takes as long as PyTorch's attention over joined keys (float32), but
+    # does not keep joined keys for the backward, and its backward in bfloat16 is faster.
+    joins = prompt_k is not None and k.shape[1] > 0
+    if traced_plainly(backend, fusable=not joins and temperature is None):
+        return torch.compiler.is_exporting() or attention_choice.forced() in (None, "joined")
+    if prompt_k is not None or temperature is not None or backend != dispatch.AUTO or q.numel() == 0:
+        return False
+    inputs = Inputs(q, k, k, None, None, None, None, 1.0)
+    return attention_choice.ways(call_of(inputs))[0] in ("joined", "split")

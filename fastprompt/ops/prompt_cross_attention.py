@@ -118,7 +118,11 @@ def choose_form(
 
 
 def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, scale: float) -> FoldedPrompts:
-    """Fold prompts [P, D] into the attention's weights, once for a whole batch; plain, differentiable PyTorch."""
+    """Fold prompts [P, D] into the attention's weights, once for a whole batch; plain, differentiable PyTorch.
+
+    A softmax's weights sum to 1, so the projection's bias is folded too: each head adds 1/H of it to its values. The
+    residual is then all that is added to the second product.
+    """
     split = "P (H d) -> H P d"
     k = rearrange(F.linear(prompts, weights.k_weight, weights.k_bias) * scale, split, H=num_heads)
     v = rearrange(F.linear(prompts, weights.v_weight, weights.v_bias), split, H=num_heads)
@@ -130,7 +134,9 @@ def fold_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int, sca
             "hpd,hd->hp", k, rearrange(weights.q_bias, "(H d) -> H d", H=num_heads).to(k.dtype)
         )
     value = torch.matmul(v, rearrange(weights.proj_weight, "D (H d) -> H d D", H=num_heads).to(v.dtype))
-    return FoldedPrompts(key, bias, value, weights.proj_bias)
+    if weights.proj_bias is None or len(prompts) == 0:
+        return FoldedPrompts(key, bias, value, weights.proj_bias)
+    return FoldedPrompts(key, bias, value + weights.proj_bias / num_heads, None)
 
 
 def project_prompts(prompts: Tensor, weights: AttentionWeights, num_heads: int) -> ProjectedPrompts:

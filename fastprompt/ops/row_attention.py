@@ -18,14 +18,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, trust
 from fastprompt.ops.checks import check_devices_and_dtypes
 from fastprompt.ops.operator import (
     accumulation_dtype,
     autocast,
+    call,
     define_operator,
     mark_as_backward,
     register_gradient,
+    traced_plainly,
 )
 
 
@@ -99,9 +101,10 @@ def folded_row_attention(
     _check(query, rows, prompt_rows)
     if prompt_rows is not None and prompt_rows.shape[-2] == 0:
         prompt_rows = None
-    context, _ = torch.ops.fastprompt.folded_row_attention(
-        query, rows, prompt_rows, dispatch.requested(backend)
-    )
+    backend = dispatch.requested(backend)
+    if traced_plainly(backend, fusable=not (query.is_cuda and dispatch.triton_is_available())):
+        return _plain(query, rows, prompt_rows)
+    context, _ = call("folded_row_attention", query, rows, prompt_rows, backend)
     return context
 
 
@@ -116,6 +119,17 @@ def folded_row_attention_reference(query: Tensor, rows: Tensor, prompt_rows: Ten
         if prompt_rows is not None:
             every = torch.cat([every, prompt_rows.to(wide).expand(rows.shape[0], -1, -1)], dim=1)
         return ((query.to(wide) @ every.mT).softmax(-1) @ every).to(query.dtype)
+
+
+def _plain(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> Tensor:
+    """Compute the same in the inputs' dtype, the softmax in float32 or better."""
+    scores = query @ rows.mT
+    if prompt_rows is not None:
+        scores = torch.cat([scores, query @ prompt_rows.mT], dim=-1)
+    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(scores.dtype)
+    N = rows.shape[1]
+    context = weights[..., :N] @ rows
+    return context if prompt_rows is None else context + weights[..., N:] @ prompt_rows
 
 
 def _check(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> None:
@@ -213,9 +227,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 4
     needs = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.fastprompt.folded_row_attention_backward(
-        grad, *ctx.saved_tensors, needs, ctx.backend
-    )
+    gradients = call("folded_row_attention_backward", grad, *ctx.saved_tensors, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
 
 
@@ -296,3 +308,31 @@ dispatch.register("folded_row_attention", "eager", _forward_eager, dispatch.alwa
 dispatch.register("folded_row_attention_backward", "eager", _backward_eager, dispatch.always)
 dispatch.register_triton("folded_row_attention", "row_attention", "forward")
 dispatch.register_triton("folded_row_attention_backward", "row_attention", "backward")
+
+
+def _images(query: Tensor, rows: Tensor, prompt_rows: Tensor | None) -> tuple[int, ...]:
+    return (0, 1) if prompt_rows is None or prompt_rows.ndim == 2 else (0, 1, 2)
+
+
+def _images_backward(
+    grad: Tensor, query: Tensor, rows: Tensor, prompt_rows: Tensor | None, *rest: Any
+) -> tuple[int, ...]:
+    return (0, *(1 + i for i in _images(query, rows, prompt_rows)), 4, 5)
+
+
+def _exact_backward(
+    grad: Tensor,
+    query: Tensor,
+    rows: Tensor,
+    prompt_rows: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _needs_image_rows(needs):  # else there may be no rows to compute them from
+        context, lse = _forward_eager(query, rows, prompt_rows)
+    return _backward_eager(grad, query, rows, prompt_rows, context, lse, needs)
+
+
+trust.describe("folded_row_attention", _images)
+trust.describe("folded_row_attention_backward", _images_backward, _exact_backward)

@@ -15,7 +15,7 @@ from fastprompt.kernels.triton.folded_cross_attention_kernels import (
     folded_cross_attention_bwd_kernel,
     folded_cross_attention_fwd_kernel,
 )
-from fastprompt.kernels.triton.gated_blend import unsupported_width
+from fastprompt.kernels.triton.residual_norm import unsupported_width
 
 
 def can_forward(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, *rest: object) -> str | None:
@@ -23,7 +23,7 @@ def can_forward(x: Tensor, key: Tensor, bias: Tensor, value: Tensor, *rest: obje
     *_, eps, keep = rest
     reason = launch.unsupported(x) or launch.unsupported(key) or _too_wide(key)
     if reason is None and eps is not None and keep:
-        # The norm's backward is the gated blend's kernel.
+        # The norm's backward is the residual add's kernel.
         reason = unsupported_width(value.shape[2])
     return reason
 
@@ -49,7 +49,7 @@ def forward(
     norm = eps is not None
     dtype = torch.promote_types(x.dtype, key.dtype) if residual else key.dtype
     y = x.new_empty((B, N, D_out), dtype=dtype)
-    normed = y.new_empty(y.shape if norm else 0)
+    normed = y.new_empty(y.shape if norm else 0, dtype=key.dtype)
     mean, rstd = (x.new_empty((B, N) if norm else 0, dtype=torch.float32) for _ in range(2))
     x = x if x.stride(2) == 1 else x.contiguous()
     key, value, bias = key.contiguous(), value.contiguous(), bias.contiguous()

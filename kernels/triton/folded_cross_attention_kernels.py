@@ -98,12 +98,15 @@ def _mix(acc, w, p_matrix, o_c, m_c, o_d, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def _mixed(
-    w_00, w_01, w_10, w_11, p_matrix, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+    p_row, mask, w_00, w_01, w_10, w_11, p_matrix, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
     D: tl.constexpr, H1: tl.constexpr, P1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return weights·matrix for one piece of the width, over all four tiles."""
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    """Return weights·matrix, plus the rows themselves if RESIDUAL, for one piece of the width, over all four tiles."""
+    if RESIDUAL:
+        acc = tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = _mix(acc, w_00, p_matrix, o_00, m_00, o_d, D, BLOCK_D, PRECISION)
     if P1 > 0:
         acc = _mix(acc, w_01, p_matrix, o_01, m_01, o_d, D, BLOCK_D, PRECISION)
@@ -234,15 +237,13 @@ def folded_cross_attention_fwd_kernel(
     for start in range(0, D_OUT, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = o_d < D_OUT
-        acc = _mixed(
-            w_00, w_01, w_10, w_11, p_value, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
-            D_OUT, H1, P1, BLOCK_M, BLOCK_D, PRECISION,
-        )  # fmt: skip
         mask = m_row[:, None] & m_d[None, :]
+        acc = _mixed(
+            p_row, mask, w_00, w_01, w_10, w_11, p_value, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+            D_OUT, H1, P1, BLOCK_M, BLOCK_D, RESIDUAL, PRECISION,
+        )  # fmt: skip
         if HAS_BIAS:
             acc += tl.load(p_out_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        if RESIDUAL:
-            acc += tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         out = acc.to(p_out.dtype.element_ty)
         tl.store(p_out + o_out + o_d[None, :], out, mask=mask)
         if NORM:
@@ -334,11 +335,9 @@ def folded_cross_attention_bwd_kernel(
         p_dx += o_row[:, None] * D
         for start in range(0, D, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
-            acc = _mixed(
-                s_00, s_01, s_10, s_11, p_key, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
-                D, H1, P1, BLOCK_M, BLOCK_D, PRECISION,
-            )  # fmt: skip
             mask = m_row[:, None] & (o_d < D)[None, :]
-            if RESIDUAL:
-                acc += tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc = _mixed(
+                p_row, mask, s_00, s_01, s_10, s_11, p_key, o_00, m_00, o_01, m_01, o_10, m_10, o_11, m_11, o_d,
+                D, H1, P1, BLOCK_M, BLOCK_D, RESIDUAL, PRECISION,
+            )  # fmt: skip
             tl.store(p_dx + o_d[None, :], acc.to(p_dx.dtype.element_ty), mask=mask)

@@ -7,12 +7,20 @@ NumPy on CPU tensors, to check indexing and algebra. With a `recorder` set, the 
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
+
+from fastprompt.kernels import identities
+from fastprompt.kernels.identities import Identity, Refused
 
 # Read when the kernels are decorated; a later change of the variable has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -32,6 +40,9 @@ class Recorder(Protocol):
         self, kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: Any
     ) -> None: ...
 
+
+# triton-lang/triton#11781: older ones may reuse the input registers of an asynchronous product before it has read them.
+FIRST_SOUND_PTXAS = (13, 1)
 
 # If set, it gets all launches, and none reaches a device.
 recorder: Recorder | None = None
@@ -132,14 +143,122 @@ def launch(
     num_stages: int,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` over `grid` on `device`'s current stream; do nothing for an empty grid."""
+    """Run `kernel` over `grid` on `device`'s current stream; do nothing for an empty grid.
+
+    Raises:
+        Refused: the kernel failed its check (:mod:`fastprompt.ops.trust`), or does not compile or fit on the device.
+    """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if recorder is not None:
         recorder(kernel, grid, options, arguments)
-    elif INTERPRETED or device.index == torch.cuda.current_device():
-        kernel[grid](**arguments, **options)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
+        return
+    identity = identify(kernel, device, options, arguments)
+    identities.launching(identity)
+    record = identities.recorder()
+    try:
+        with nullcontext() if record is None else record.pause():
+            if INTERPRETED or device.index == torch.cuda.current_device():
+                compiled = kernel[grid](**arguments, **options)
+            else:
+                with torch.cuda.device(device):
+                    compiled = kernel[grid](**arguments, **options)
+    except TritonError as error:
+        if INTERPRETED:
+            raise
+        raise refuse([identity], f"an error of Triton: {error}") from error
+    if record is not None:
+        if identity.state == "not yet":
+            record.fault = "a kernel was not checked"
+        record.launch(kernel, None if INTERPRETED else compiled, grid, device, arguments | options)
+
+
+# Trust ----------------------------------------------------------------------------------------------------------
+
+
+def identify(
+    kernel: Any, device: torch.device, options: dict[str, int], arguments: dict[str, Any]
+) -> Identity:
+    """Return the identity of a launch, the same object for each launch of it."""
+    constants = _constants(kernel.fn)
+    values = [
+        x.dtype if isinstance(x, Tensor) else x if name in constants else None
+        for name, x in arguments.items()
+    ]
+    key = (kernel.fn, device, *options.values(), *values)
+    identity = identities.known.get(key)
+    if identity is None:
+        identity = identities.known[key] = Identity(
+            kernel.fn.__name__,
+            device,
+            tuple(dict.fromkeys(x.dtype for x in arguments.values() if isinstance(x, Tensor))),
+            {name: x for name, x in arguments.items() if name in constants},
+            options,
+        )
+        warn_of_assembler_once(device)
+    return identity
+
+
+@functools.cache
+def _constants(function: Any) -> frozenset[str]:
+    """Return the names of the arguments of a kernel that are constants for the compiler."""
+    return frozenset(name for name, kind in function.__annotations__.items() if "constexpr" in str(kind))
+
+
+def refuse(launched: Sequence[Identity], fault: str) -> Refused:
+    """Refuse all later launches of `launched`, warn, and return the error to raise."""
+    names = ", ".join(dict.fromkeys(identity.kernel for identity in launched))
+    reason = f"{names} is refused because of {fault}"
+    for identity in launched:
+        identity.state, identity.reason = "refused", reason
+    kernels = "\n".join(f"  {identity}" for identity in launched)
+    warnings.warn(
+        f"fastprompt uses these Triton kernels no more in this process:\n{kernels}\nbecause of {fault} "
+        f"({toolchain(launched[0].device)}). No result of them is returned. Try a newer triton, or set "
+        "TRITON_PTXAS_PATH to the ptxas of a newer CUDA, and please report this message",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Refused(reason)
+
+
+def toolchain(device: torch.device) -> str:
+    """Return the versions of triton and of the assembler that it uses for `device`."""
+    if INTERPRETED:
+        return f"triton {triton.__version__}, interpreted"
+    return f"triton {triton.__version__}, ptxas {assembler_version(device) or 'not found'}"
+
+
+def assembler_version(device: torch.device) -> str | None:
+    """Return the version of ptxas that Triton uses for `device`, as "12.8", or None if there is none."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return str(get_ptxas(10 * major + minor).version)
+    except RuntimeError:  # Triton's "Cannot find ptxas"
+        return None
+
+
+def assembler_fault(device: torch.device) -> str | None:
+    """Return what is known to be wrong with the ptxas that Triton uses for `device`, with the remedy, or None."""
+    if INTERPRETED or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    version = assembler_version(device)
+    if version is None or tuple(int(n) for n in version.split(".")) >= FIRST_SOUND_PTXAS:
+        return None
+    return (
+        f"triton {triton.__version__} assembles kernels for {torch.cuda.get_device_name(device)} with ptxas {version}, "
+        "which can make wrong code for compute capability 9.0: it may reuse the input registers of asynchronous matrix "
+        "products too early. Each kernel is checked on first use; better use ptxas 13.1 or newer: set "
+        "TRITON_PTXAS_PATH to it, or install triton 3.9 or newer"
+    )
+
+
+@functools.cache
+def warn_of_assembler_once(device: torch.device) -> None:
+    """Warn of :func:`assembler_fault`, if there is one."""
+    fault = assembler_fault(device)
+    if fault is not None:
+        warnings.warn(fault, RuntimeWarning, stacklevel=2)

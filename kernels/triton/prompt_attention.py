@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -13,14 +13,14 @@ from fastprompt.kernels.triton.prompt_attention_bwd import (
     prompt_attention_bwd_delta_kernel,
     prompt_attention_bwd_dkdv_kernel,
     prompt_attention_bwd_dq_kernel,
-    prompt_attention_bwd_resident_kernel,
     prompt_attention_bwd_sum_kernel,
 )
+from fastprompt.kernels.triton.prompt_attention_bwd_resident import prompt_attention_bwd_resident_kernel
 from fastprompt.kernels.triton.prompt_attention_config import (
+    RESIDENT_KEYS,
     Config,
     Kernel,
     choose,
-    has_resident_backward,
     head_pieces,
     key_pieces,
     tail,
@@ -30,8 +30,10 @@ from fastprompt.kernels.triton.prompt_attention_fwd import (
     prompt_attention_fwd_resident_kernel,
 )
 
+Way = Literal["resident", "looped"]
+
 MAX_HEAD_DIM = 128
-MAX_PROMPT_SETS = 65535  # the second axis of a grid
+SECOND_AXIS = 65535  # the longest second axis of a grid
 SUM_ROWS, SUM_COLUMNS = 32, 128
 
 
@@ -46,25 +48,9 @@ def can_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor | None, *args: Any
 ) -> str | None:
     """As :func:`can_forward`, for the gradients."""
-    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
+    if prompt_k is not None and prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
     return can_forward(q)
-
-
-def can_packed_forward(qkv: Tensor, *args: Any) -> str | None:
-    """As :func:`can_forward`, for qkv [B, N, 3, H, d]."""
-    return can_forward(qkv)
-
-
-def can_packed_backward(grad: Tensor, qkv: Tensor, prompt_k: Tensor | None, *args: Any) -> str | None:
-    """As :func:`can_backward`, for qkv [B, N, 3, H, d]."""
-    return can_backward(grad, qkv, qkv, qkv, prompt_k)
-
-
-def packed_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, for qkv [B, N, 3, H, d]."""
-    q, k, v = qkv.unbind(2)
-    return forward(q, k, v, *rest)
 
 
 def packed_backward(
@@ -78,17 +64,16 @@ def packed_backward(
     lse: Tensor,
     scale: float,
     needs: list[bool],
+    *,
+    way: Way,
 ) -> tuple[Tensor, ...]:
     """As :func:`backward`, with the gradients of q, k and v written into one tensor [B, N, 3, H, d]."""
     need_qkv, *others = needs
     q, k, v = qkv.unbind(2)
     packed = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = packed.unbind(2) if need_qkv else (packed, packed, packed)
-    if not (need_qkv or needs[3]):
-        # Only prompts train: the image's columns of the softmax are not needed.
-        k, v = k[:, :0], v[:, :0]
     inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    return (packed, *_backward(inputs, grad, out, lse, [need_qkv] * 3 + others, dq, dk, dv))
+    return (packed, *_backward(inputs, grad, out, lse, [need_qkv] * 3 + others, dq, dk, dv, way))
 
 
 def forward(
@@ -100,6 +85,8 @@ def forward(
     temperature: Tensor | None,
     prompt_index: Tensor | None,
     scale: float,
+    *,
+    way: Way,
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, Nq, H, d], contiguous, and the natural LSE [B, H, Nq] in float32."""
     B, Nq, H, d = q.shape
@@ -109,7 +96,9 @@ def forward(
     arguments = inputs.arguments(out)
     stride_ob, stride_om, stride_oh, _ = out.stride()
     arguments.update(p_out=out, p_lse=lse, stride_ob=stride_ob, stride_om=stride_om, stride_oh=stride_oh)
-    config = choose(launch.architecture(q.device), "fwd", d, Nq, inputs.keys, q.element_size())
+    arguments["POSITIVE"] = temperature is None and scale > 0
+    keys = inputs.keys if way == "resident" else max(inputs.keys, RESIDENT_KEYS + 1)
+    config = choose(launch.architecture(q.device), "fwd", d, Nq, keys, q.element_size())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.block_n:
         launch.launch(
@@ -119,6 +108,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            AWAIT=_awaits(q),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -153,6 +143,8 @@ def backward(
     lse: Tensor,
     scale: float,
     needs: list[bool],
+    *,
+    way: Way,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, prompt_k, prompt_v and temperature; those not in `needs` are empty.
 
@@ -163,7 +155,7 @@ def backward(
         for x, need in zip((q, k, v), needs, strict=False)
     )
     inputs = _Inputs(q, k, v, prompt_k, prompt_v, temperature, prompt_index, scale)
-    return (dq, dk, dv, *_backward(inputs, grad, out, lse, needs, dq, dk, dv))
+    return (dq, dk, dv, *_backward(inputs, grad, out, lse, needs, dq, dk, dv, way))
 
 
 class _Inputs:
@@ -248,6 +240,7 @@ def _backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    way: Way,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill those of dq, dk and dv that are needed; return d(prompt_k), d(prompt_v) and d(temperature)."""
     q, P, device = inputs.q, inputs.P, inputs.q.device
@@ -263,9 +256,12 @@ def _backward(
     def find(kernel: Kernel) -> Config:
         return choose(architecture, kernel, d, Nq, inputs.keys, itemsize)
 
-    everything = need_q and needs[1] and needs[2] and (P == 0 or not prompt or (needs[3] and needs[4]))
-    resident = everything and launch.multiprocessors(device) <= B * H
-    resident = resident and has_resident_backward(architecture, d, inputs.keys, itemsize)
+    own = P > 0 and inputs.prompt_k.ndim == 4  # each image has its prompts
+    resident = way == "resident" and not (own and B > SECOND_AXIS)
+    images = 1
+    if resident and not own:
+        images = max(_images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS))
+    groups = triton.cdiv(B, images)
 
     # Gradients that a kernel computes but nobody needs are written to scratch.
     if image and need_k and not needs[1]:
@@ -274,32 +270,49 @@ def _backward(
         dv = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     dtype = torch.float32 if inputs.shared else q.dtype
     partial_k, partial_v = (
-        torch.empty((B, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
+        torch.empty((groups, P, H, d), dtype=dtype, device=device) if prompt and need else nothing
         for need in (need_k, need_v)
     )
     sized = dk if dk.numel() else dv
     partial = partial_k if partial_k.numel() else partial_v
-    padded = triton.cdiv(Nq, 128) * 128
-    delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
     dob, dom, doh = _strides(grad)
     arguments.update(p_do=grad, stride_dob=dob, stride_dom=dom, stride_doh=doh)
-    arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
     dqb, dqm, dqh = _strides(dq)
     to_queries = {"p_dq": dq, "stride_dqb": dqb, "stride_dqm": dqm, "stride_dqh": dqh}
     (dkb, dkn, dkh), (dpb, dpn, dph) = _strides(sized), _strides(partial)
     to_keys = {"p_dk": dk, "p_dv": dv, "stride_dkb": dkb, "stride_dkn": dkn, "stride_dkh": dkh}
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, stride_dpb=dpb, stride_dpn=dpn, stride_dph=dph)
 
-    _row_products(out, grad, lse, delta, lse2)
     products = torch.empty((B, H, Nq) if need_temperature else 0, dtype=torch.float32, device=device)
     if resident:
-        _launch_resident(inputs, find("bwd"), {**arguments, **to_queries, **to_keys, "STORE_PROMPT": prompt})
+        config = find("bwd")
+        launch.launch(
+            prompt_attention_bwd_resident_kernel,
+            (H, groups),
+            device,
+            **arguments,
+            **to_queries,
+            **to_keys,
+            p_lse=lse,
+            B=B,
+            images=images,
+            BLOCK_M=config.block_m,
+            KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
+            STORE_PROMPT=prompt,
+            AWAIT=_awaits(q),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if need_temperature:
-            # A separate launch, because the kernel has no registers left for it.
-            products, lse2 = torch.empty_like(delta), torch.empty_like(lse2)
+            # Scores are linear in q. A separate launch, because the kernel has no registers left for it.
+            products, lse2 = torch.empty_like(lse), torch.empty_like(lse)
             _row_products(q, dq, lse, products, lse2)
     else:
+        padded = triton.cdiv(Nq, 128) * 128
+        delta, lse2 = (torch.empty((B, H, padded), dtype=torch.float32, device=device) for _ in range(2))
+        _row_products(out, grad, lse, delta, lse2)
+        arguments.update(p_lse2=lse2, p_delta=delta, padded=padded)
         if need_k or need_v:
             flags = {"NEED_K": need_k, "NEED_V": need_v, "STORE_IMAGE": image, "STORE_PROMPT": prompt}
             _launch_keys(inputs, find("dkdv"), {**arguments, **to_keys, **flags})
@@ -315,27 +328,11 @@ def _backward(
     ]
     if need_temperature:
         assert inputs.temperature is not None
-        # Scores are linear in q, so that Σ q·dq is the sum of score · d(score), and score ~ 1 / temperature.
-        t = inputs.temperature
+        t = inputs.temperature  # the products are Σ score · d(score) of each row, and score ~ 1 / temperature
         results.append((-products.sum().reshape(t.shape) / t).to(t.dtype))
     else:
         results.append(q.new_empty(0))
     return results[0], results[1], results[2]
-
-
-def _launch_resident(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
-    """Compute all gradients but the temperature's, with one program per head and image."""
-    B, _, H, _ = inputs.q.shape
-    launch.launch(
-        prompt_attention_bwd_resident_kernel,
-        (B * H,),
-        inputs.q.device,
-        **arguments,
-        BLOCK_M=config.block_m,
-        KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
 
 
 def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> None:
@@ -350,6 +347,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -365,6 +363,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        AWAIT=_awaits(inputs.q),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -441,11 +440,37 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
 
 
+def _awaits(q: Tensor) -> bool:
+    """Return whether loops must await a product in the pass that starts it: on the matrix units of Hopper.
+
+    There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
+    """
+    units = q.element_size() == 2 or launch.input_precision(q.dtype) == "tf32"
+    return units and launch.architecture(q.device) == 90
+
+
 def _rows_of_a_program(Nq: int, block: int, heads: int, device: torch.device) -> int:
     """Return the number of query rows per program of the resident kernel: all, unless that gives too few programs."""
     tiles = triton.cdiv(Nq, block)
     splits = min(tiles, max(1, triton.cdiv(4 * launch.multiprocessors(device), max(1, heads))))
     return max(1, triton.cdiv(tiles, splits)) * block
+
+
+def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
+    """Return how many images of a head a program of the resident backward owns, one of which runs on a multiprocessor.
+
+    As many as finish in the shortest time, in units of an image: so few programs that each runs from the start, or two
+    or three turns of them where these divide the images better.
+    """
+    best = 1, triton.cdiv(B * H, multiprocessors)
+    for turns in (1, 2, 3):
+        groups = min(B, turns * multiprocessors // H)
+        if groups:
+            images = triton.cdiv(B, groups)
+            time = images * triton.cdiv(triton.cdiv(B, images) * H, multiprocessors)
+            if (time, -images) < (best[1], -best[0]):
+                best = images, time
+    return best[0]
 
 
 def _dense_rows(x: Tensor) -> Tensor:

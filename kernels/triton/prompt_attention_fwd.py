@@ -10,12 +10,14 @@ import triton.language as tl
 
 from fastprompt.kernels.triton.tiles import (
     accumulate,
+    awaited,
     contract,
     key_rows,
     load,
+    product,
     prompt_set,
     rows,
-    score_factor,
+    signed_factor,
     store,
     zeros,
 )
@@ -33,27 +35,44 @@ def _finish(
     tl.store(p_lse + o_m, (high + tl.log2(total)) * 0.6931471805599453, mask=m_m)
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T", "tile_rows"))
+@triton.jit
+def _keys(
+    p_k, p_v, p_pk, p_pv, o_n, N, P, sign, stride_kn, stride_vn, stride_pkn, stride_pvn,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return keys `o_n`, transposed and times `sign` (unless that is 1: POSITIVE), their values, and which exist.
+
+    Transposed here, not in the loop, where Triton 3.9 would store them to shared memory again for each tile.
+    """
+    m_n = o_n < N + P
+    k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
+    v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
+    if not POSITIVE:
+        k0 *= sign.to(k0.dtype)
+        k1 *= sign.to(k1.dtype)
+    return tl.trans(k0), tl.trans(k1), v0, v1, m_n  # [D, BLOCK], [BLOCK, D], [BLOCK]
+
+
+@triton.jit(
+    do_not_specialize=("Nq", "N", "P", "T", "tile_rows"), do_not_specialize_on_alignment=("p_temperature",)
+)
 def prompt_attention_fwd_resident_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_out, p_lse,
     scale, Nq, N, P, T, H, tile_rows,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh, stride_ob, stride_om, stride_oh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
+    BLOCK_M: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, POSITIVE: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Process all keys at once, as C0 + C1 + C2 columns (falling powers of two; 0 for none), with little padding."""
+    """Process all keys at once, as C0 + C1 + C2 columns (powers of two; 0 for none), with little padding."""
     tiles = tl.cdiv(Nq, tile_rows)
     i_bh = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * tile_rows
     i_b = (i_bh // H).to(tl.int64)
     i_h = i_bh % H
     i_set, known = prompt_set(p_index, i_b, T, HAS_INDEX)
-    factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
-    # With the sign moved into q, the largest product is the largest score; this saves one multiplication per score.
-    sign = tl.where(factor < 0, -1.0, 1.0)
-    factor = tl.abs(factor)
+    sign, factor = signed_factor(p_temperature, scale, HAS_TEMPERATURE)
 
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_h * stride_kh
@@ -63,56 +82,49 @@ def prompt_attention_fwd_resident_kernel(
     p_out += i_b * stride_ob + i_h * stride_oh
     p_lse += i_bh.to(tl.int64) * Nq
 
-    o_0 = tl.arange(0, C0)
-    m_0 = o_0 < N + P
-    ka0, ka1 = load(key_rows(p_k, p_pk, o_0, N, stride_kn, stride_pkn, ALIGNED), m_0, HEAD_DIM, D0, D1)
-    va0, va1 = load(key_rows(p_v, p_pv, o_0, N, stride_vn, stride_pvn, ALIGNED), m_0, HEAD_DIM, D0, D1)
+    ka0, ka1, va0, va1, m_0 = _keys(
+        p_k, p_v, p_pk, p_pv, tl.arange(0, C0), N, P, sign, stride_kn, stride_vn, stride_pkn, stride_pvn,
+        HEAD_DIM, D0, D1, POSITIVE, ALIGNED,
+    )  # fmt: skip
     if C1 > 0:
-        o_1 = C0 + tl.arange(0, C1)
-        m_1 = o_1 < N + P
-        kb0, kb1 = load(key_rows(p_k, p_pk, o_1, N, stride_kn, stride_pkn, ALIGNED), m_1, HEAD_DIM, D0, D1)
-        vb0, vb1 = load(key_rows(p_v, p_pv, o_1, N, stride_vn, stride_pvn, ALIGNED), m_1, HEAD_DIM, D0, D1)
+        kb0, kb1, vb0, vb1, m_1 = _keys(
+            p_k, p_v, p_pk, p_pv, C0 + tl.arange(0, C1), N, P, sign, stride_kn, stride_vn, stride_pkn, stride_pvn,
+            HEAD_DIM, D0, D1, POSITIVE, ALIGNED,
+        )  # fmt: skip
     if C2 > 0:
-        o_2 = C0 + C1 + tl.arange(0, C2)
-        m_2 = o_2 < N + P
-        kc0, kc1 = load(key_rows(p_k, p_pk, o_2, N, stride_kn, stride_pkn, ALIGNED), m_2, HEAD_DIM, D0, D1)
-        vc0, vc1 = load(key_rows(p_v, p_pv, o_2, N, stride_vn, stride_pvn, ALIGNED), m_2, HEAD_DIM, D0, D1)
+        kc0, kc1, vc0, vc1, m_2 = _keys(
+            p_k, p_v, p_pk, p_pv, C0 + C1 + tl.arange(0, C2), N, P, sign,
+            stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, POSITIVE, ALIGNED,
+        )  # fmt: skip
 
     for start in range(first, tl.minimum(first + tile_rows, Nq), BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         q0, q1 = load(rows(p_q, o_m, stride_qm, ALIGNED), o_m < Nq, HEAD_DIM, D0, D1)
-        q0 = (q0 * sign).to(ka0.dtype)
-        if D1 > 0:
-            q1 = (q1 * sign).to(ka0.dtype)
         # Padding is in the last piece only.
-        s_0 = contract(q0, q1, ka0, ka1, D1, PRECISION)  # [BLOCK_M, C0]
+        s_0 = product(q0, q1, ka0, ka1, D1, PRECISION)  # [BLOCK_M, C0]
         if C1 == 0:
             s_0 = tl.where(m_0[None, :], s_0, float("-inf"))
         high = tl.max(s_0, 1)
         if C1 > 0:
-            s_1 = contract(q0, q1, kb0, kb1, D1, PRECISION)  # [BLOCK_M, C1]
+            s_1 = product(q0, q1, kb0, kb1, D1, PRECISION)  # [BLOCK_M, C1]
             if C2 == 0:
                 s_1 = tl.where(m_1[None, :], s_1, float("-inf"))
             high = tl.maximum(high, tl.max(s_1, 1))
         if C2 > 0:
-            s_2 = tl.where(m_2[None, :], contract(q0, q1, kc0, kc1, D1, PRECISION), float("-inf"))
+            s_2 = tl.where(m_2[None, :], product(q0, q1, kc0, kc1, D1, PRECISION), float("-inf"))
             high = tl.maximum(high, tl.max(s_2, 1))
         high *= factor
 
         acc0, acc1 = zeros(BLOCK_M, D0, D1)
         w_0 = tl.exp2(s_0 * factor - high[:, None])
-        if C1 == 0:
-            w_0 = tl.where(m_0[None, :], w_0, 0.0)  # a factor of 0 makes -inf a NaN
         total = tl.sum(w_0, 1)
         acc0, acc1 = accumulate(acc0, acc1, w_0, va0, va1, D1, PRECISION)
         if C1 > 0:
             w_1 = tl.exp2(s_1 * factor - high[:, None])
-            if C2 == 0:
-                w_1 = tl.where(m_1[None, :], w_1, 0.0)
             total += tl.sum(w_1, 1)
             acc0, acc1 = accumulate(acc0, acc1, w_1, vb0, vb1, D1, PRECISION)
         if C2 > 0:
-            w_2 = tl.where(m_2[None, :], tl.exp2(s_2 * factor - high[:, None]), 0.0)
+            w_2 = tl.exp2(s_2 * factor - high[:, None])
             total += tl.sum(w_2, 1)
             acc0, acc1 = accumulate(acc0, acc1, w_2, vc0, vc1, D1, PRECISION)
         _finish(acc0, acc1, total, high, known, p_out, p_lse, o_m, Nq, stride_om, HEAD_DIM, D0, D1, ALIGNED)
@@ -120,21 +132,21 @@ def prompt_attention_fwd_resident_kernel(
 
 @triton.jit
 def _step(
-    acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, o_n, N, P, factor,
+    acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, o_n, N, P, sign, factor,
     stride_kn, stride_vn, stride_pkn, stride_pvn,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, POSITIVE: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the online softmax; `high` is the largest product so far, not yet times `factor`."""
     m_n = o_n < N + P
     k0, k1 = load(key_rows(p_k, p_pk, o_n, N, stride_kn, stride_pkn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     s = contract(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if not POSITIVE:
+        s *= sign  # in q the sign would save these, but Triton keeps a computed q in registers
     if MASKED:
         s = tl.where(m_n[None, :], s, float("-inf"))
     higher = tl.maximum(high, tl.max(s, 1))
     w = tl.exp2(s * factor - (higher * factor)[:, None])
-    if MASKED:
-        w = tl.where(m_n[None, :], w, 0.0)
     shrink = tl.exp2((high - higher) * factor)
     total = total * shrink + tl.sum(w, 1)
     acc0 = acc0 * shrink[:, None]
@@ -142,10 +154,11 @@ def _step(
         acc1 = acc1 * shrink[:, None]
     v0, v1 = load(key_rows(p_v, p_pv, o_n, N, stride_vn, stride_pvn, ALIGNED), m_n, HEAD_DIM, D0, D1)
     acc0, acc1 = accumulate(acc0, acc1, w, v0, v1, D1, PRECISION)
+    acc0, acc1 = awaited(acc0, acc1, D1, AWAIT)
     return acc0, acc1, total, higher
 
 
-@triton.jit(do_not_specialize=("Nq", "N", "P", "T"))
+@triton.jit(do_not_specialize=("Nq", "N", "P", "T"), do_not_specialize_on_alignment=("p_temperature",))
 def prompt_attention_fwd_kernel(
     p_q, p_k, p_v, p_pk, p_pv, p_index, p_temperature, p_out, p_lse,
     scale, Nq, N, P, T, H,
@@ -153,7 +166,8 @@ def prompt_attention_fwd_kernel(
     stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh, stride_ob, stride_om, stride_oh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, MASK_ALL: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIVE: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Process whole tiles of BLOCK_N keys unmasked, then the rest in one tile of TAIL keys (0: none); or MASK_ALL."""
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -162,9 +176,7 @@ def prompt_attention_fwd_kernel(
     i_b = (i_bh // H).to(tl.int64)
     i_h = i_bh % H
     i_set, known = prompt_set(p_index, i_b, T, HAS_INDEX)
-    factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
-    sign = tl.where(factor < 0, -1.0, 1.0)
-    factor = tl.abs(factor)
+    sign, factor = signed_factor(p_temperature, scale, HAS_TEMPERATURE)
 
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_h * stride_kh
@@ -175,9 +187,6 @@ def prompt_attention_fwd_kernel(
     p_lse += i_bh.to(tl.int64) * Nq
 
     q0, q1 = load(rows(p_q, o_m, stride_qm, ALIGNED), o_m < Nq, HEAD_DIM, D0, D1)
-    q0 = (q0 * sign).to(p_k.dtype.element_ty)
-    if D1 > 0:
-        q1 = (q1 * sign).to(p_k.dtype.element_ty)
     acc0, acc1 = zeros(BLOCK_M, D0, D1)
     total = tl.zeros([BLOCK_M], tl.float32)
     high = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: -inf less -inf is a NaN
@@ -187,13 +196,15 @@ def prompt_attention_fwd_kernel(
         whole = whole // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc0, acc1, total, high = _step(
-            acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, start + tl.arange(0, BLOCK_N), N, P, factor,
-            stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, MASK_ALL, ALIGNED, PRECISION,
+            acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, start + tl.arange(0, BLOCK_N), N, P,
+            sign, factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, MASK_ALL, POSITIVE,
+            ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
     if TAIL > 0:
         acc0, acc1, total, high = _step(
-            acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, whole + tl.arange(0, TAIL), N, P, factor,
-            stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, ALIGNED, PRECISION,
+            acc0, acc1, total, high, q0, q1, p_k, p_v, p_pk, p_pv, whole + tl.arange(0, TAIL), N, P,
+            sign, factor, stride_kn, stride_vn, stride_pkn, stride_pvn, HEAD_DIM, D0, D1, True, POSITIVE,
+            ALIGNED, PRECISION, AWAIT,
         )  # fmt: skip
     _finish(
         acc0, acc1, total, high * factor, known, p_out, p_lse, o_m, Nq, stride_om, HEAD_DIM, D0, D1, ALIGNED

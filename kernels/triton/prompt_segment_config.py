@@ -123,6 +123,11 @@ def prompt_tile(prompts: int, config: Config) -> int:
     return min(config.block_p, max(16, 1 << (prompts - 1).bit_length()))
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates of `bench.tune` for an entry; configurations that do not fit the GPU fail to launch."""
     return [Config(*sizes) for sizes in product((32, 64, 128), (key.prompts,), (4, 8), (1, 2, 3))]

@@ -92,6 +92,11 @@ def choose(architecture: int, kernel: Kernel, size: int, itemsize: int) -> Confi
     return TABLE[Key(architecture, kernel, next(s for s in SIZES if size <= s), itemsize)]
 
 
+def override(key: Key, config: Config) -> None:
+    """Use `config` for the entry `key` from now on: what a profile or a search found."""
+    TABLE[key] = config
+
+
 def candidates(key: Key) -> list[Config]:
     """Return the candidates for an entry; configurations that do not fit the GPU fail to launch."""
     return [

@@ -60,12 +60,18 @@ def store(p_row, m_row, first, second, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
 
 
 @triton.jit
+def product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a·b over the head dimension, in float32, for b [D, BLOCK_B]."""
+    both = tl.dot(a0, b0, input_precision=PRECISION)
+    if D1 > 0:
+        both = tl.dot(a1, b1, acc=both, input_precision=PRECISION)
+    return both  # [BLOCK_A, BLOCK_B]
+
+
+@triton.jit
 def contract(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
     """Return a·bᵀ over the head dimension, in float32."""
-    product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if D1 > 0:
-        product = tl.dot(a1, tl.trans(b1), acc=product, input_precision=PRECISION)
-    return product  # [BLOCK_A, BLOCK_B]
+    return product(a0, a1, tl.trans(b0), tl.trans(b1), D1, PRECISION)  # [BLOCK_A, BLOCK_B]
 
 
 @triton.jit
@@ -76,6 +82,26 @@ def accumulate(acc0, acc1, weights, b0, b1, D1: tl.constexpr, PRECISION: tl.cons
     if D1 > 0:
         acc1 = tl.dot(weights, b1, acc=acc1, input_precision=PRECISION)
     return acc0, acc1  # [BLOCK_A, D0], [BLOCK_A, D1]
+
+
+@triton.jit
+def awaited(acc0, acc1, D1: tl.constexpr, AWAIT: tl.constexpr):
+    """Return sums that a loop carries; with AWAIT, Triton awaits their products here, not in the loop's next pass.
+
+    Any use in the pass that starts a product has this effect. This one, a copy, generates no instruction.
+    """
+    if AWAIT:
+        acc0 = _use(acc0)
+        if D1 > 0:
+            acc1 = _use(acc1)
+    return acc0, acc1
+
+
+@triton.jit
+def _use(x):
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
@@ -95,6 +121,17 @@ def score_factor(p_temperature, scale, HAS_TEMPERATURE: tl.constexpr):
     if HAS_TEMPERATURE:
         factor = factor / tl.load(p_temperature).to(tl.float32)
     return factor
+
+
+@triton.jit
+def signed_factor(p_temperature, scale, HAS_TEMPERATURE: tl.constexpr):
+    """Return the factor's sign and size, so that with signed queries the largest product is the largest score.
+
+    A factor of 0 is a sign of 0 and a size of 1: -inf times 0 would be a NaN.
+    """
+    factor = score_factor(p_temperature, scale, HAS_TEMPERATURE)
+    sign = tl.where(factor < 0, -1.0, tl.where(factor == 0, 0.0, 1.0))
+    return sign, tl.where(factor == 0, 1.0, tl.abs(factor))
 
 
 @triton.jit

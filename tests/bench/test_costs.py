@@ -10,7 +10,11 @@ from bench.costs import SETTINGS, Row, Setting
 TABLE = costs.read()
 SMALL, BASE, _ = costs.MODELS
 # Each method at two sizes and two numbers of prompts, in seconds; `make test-all` counts every row.
-QUICK = [s for s in SETTINGS if (s.model, s.P) in ((SMALL, 10), (BASE, 50))]
+QUICK = [
+    s
+    for s in SETTINGS
+    if (s.model, s.P) in ((SMALL, 10), (BASE, 50)) and (s.recompute is None or s.method == "vpt-deep")
+]
 
 
 def check(setting: Setting) -> None:
@@ -58,3 +62,26 @@ def test_forward_operations_of_vpt_deep_are_those_of_the_formulas() -> None:
     assert ours.forward == ends + (L - 1) * block + last
     rows = N + P
     assert papers.forward == ends + L * B * (24 * rows * D**2 + 4 * rows**2 * D)
+
+
+def test_recomputing_the_hidden_layer_keeps_what_was_aimed_at() -> None:
+    """VPT-Deep on ViT-B: bytes kept, as a ratio to the papers' form, for at most 1.2 times the operations."""
+    for P, ratio in zip(costs.PROMPTS, (0.53, 0.46, 0.39), strict=True):
+        setting = Setting(BASE, "vpt-deep", P)
+        ours, papers = TABLE[setting._replace(recompute="mlp")]
+        assert ours.saved_bytes <= ratio * papers.saved_bytes
+        assert ours.training <= 1.2 * TABLE[setting].ours.training
+
+
+def test_recomputed_operations_are_those_of_the_formulas() -> None:
+    """ViT-B, P=50: one product more for "mlp"; "attention" makes queries, keys, values and attention again."""
+    B, P, N, D, H, L = costs.BATCH, 50, 197, 768, 12, 12
+    nothing = TABLE[Setting(BASE, "vpt-deep", P)].ours
+    mlp, attention = (
+        TABLE[Setting(BASE, "vpt-deep", P, part)].ours.training - nothing.training
+        for part in ("mlp", "attention")
+    )
+    assert mlp == B * 8 * D**2 * ((L - 1) * N + 1)
+    rows = B * (L - 1) * (6 * N * D**2 + 4 * N * (N + P) * D)
+    last = B * (6 * D**2 + 4 * H * (N + P) * D)  # of the class token: query, its fold, attention and context
+    assert attention == rows + last

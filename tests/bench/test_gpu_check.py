@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cases, gpu_check, gpu_parts, gpu_report, measure, numerics, ops
+from bench import cases, gpu_check, gpu_clock, gpu_parts, gpu_records, gpu_report, measure, numerics, ops
 from bench.cases import prompt_attention
+from fastprompt.kernels.identities import Refused
+from fastprompt.ops import attention_choice, profile
 
 
-def dry(seconds: float = 300.0) -> gpu_parts.Settings:
-    return gpu_parts.Settings(True, time.monotonic() + seconds)
+def dry(seconds: float = 300.0) -> gpu_records.Settings:
+    return gpu_records.Settings(True, time.monotonic() + seconds)
 
 
 def part(name: str, code: str, seconds: float = 30.0) -> gpu_check.Part:
@@ -69,7 +74,7 @@ def test_it_continues_after_a_crash_an_error_and_a_part_that_never_ends(
     }
     assert capsys.readouterr().out.endswith((out / "table.txt").read_text())
     assert "== error\nthree things were wrong" in (out / "failed.txt").read_text()
-    assert sorted(p.name for p in out.iterdir()) == ["failed.txt", "table.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["failed.txt", "records.jsonl", "table.txt"]
 
 
 def test_what_there_is_no_time_for_is_skipped_with_a_line(tmp_path: Path) -> None:
@@ -83,7 +88,9 @@ def test_a_run_that_is_stopped_keeps_a_table_of_what_it_has(
 ) -> None:
     (tmp_path / "records.jsonl").write_text('{"kind": "check", "name": "a", "ok": true, "detail": ""}\n')
 
-    def run_stage(parts: list[gpu_check.Part], work: Path, left: float) -> Iterator[gpu_check.Outcome]:
+    def run_stage(
+        parts: list[gpu_check.Part], work: Path, left: float, more: Any
+    ) -> Iterator[gpu_check.Outcome]:
         yield gpu_check.Outcome(parts[0].name, "ok", 1.0, "")
         raise SystemExit(143)
 
@@ -98,22 +105,107 @@ def test_a_run_that_is_stopped_keeps_a_table_of_what_it_has(
 def test_parts_come_in_the_order_of_their_importance(tmp_path: Path) -> None:
     stages = gpu_check.stages(tmp_path, tmp_path, dry=False, shards=2)
     names = [[p.name for p in stage] for stage in stages]
-    assert names[:4] == [
-        ["build"],
-        ["numerics-0", "numerics-1", "modes", "tests"],
-        ["prompt_attention"],
+    assert names == [
+        ["numerics-0", "numerics-1", "precompile-0", "precompile-1", "precompile-2"],
+        *([name] for name in cases.NAMES),
+        ["compiled"],
+        ["calibrate"],
+        ["autocast"],
+        ["compilers"],
+        ["small"],
+        ["autotuned"],
+        ["longer"],
         ["models"],
+        ["modes", "tests"],
+        ["build"],
     ]
-    assert names[-1] == ["compiled"]
     every = {name.partition("-")[0] for stage in names for name in stage}
-    assert every == {"build", "tests", *gpu_parts.PARTS}
+    assert every == {"build", "tests", "calibrate", *gpu_parts.PARTS} - {"ptxas"}
     assert every >= set(cases.NAMES)
+
+
+def test_numerics_are_checked_with_another_assembler_beside_tritons_own(tmp_path: Path) -> None:
+    first, *_ = gpu_check.stages(tmp_path, tmp_path, dry=False, shards=1, ptxas=Path("/cuda/bin/ptxas"))
+    assert [p.name for p in first][:2] == ["numerics-0", "ptxas-0"]
+    assert first[1].environment["TRITON_PTXAS_PATH"] == "/cuda/bin/ptxas"
+    assert all(p.environment["FASTPROMPT_CHECK"] == "never" for p in first[:2])
+    assert "TRITON_PTXAS_PATH" not in first[0].environment
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "changes"), [(True, True, False), (False, True, True), (False, False, False)]
+)
+def test_later_parts_use_the_other_assembler_if_only_tritons_own_makes_wrong_kernels(
+    own: bool, other: bool, changes: bool, tmp_path: Path
+) -> None:
+    checks = [("numerics-0", own), ("ptxas-0", other)]
+    lines = [{"kind": "check", "part": part, "name": part, "ok": ok, "detail": ""} for part, ok in checks]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    say = part("second", "import os; print(os.environ.get('TRITON_PTXAS_PATH', 'its own'))")
+    gpu_check.run([[part("first", "")], [say]], tmp_path, tmp_path, 2.0, Path("/cuda/bin/ptxas"))
+    assert ("/cuda/bin/ptxas" in (tmp_path / "second.log").read_text()) == changes
+
+
+def test_the_newest_assembler_is_found_if_it_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("old", "12.4.1"), ("new", "99.1.80")):
+        file = tmp_path / folder / "ptxas"
+        file.parent.mkdir()
+        file.write_text(f"#!/bin/sh\necho Cuda compilation tools, V{version}\n")
+        file.chmod(0o755)
+    paths = os.pathsep.join(str(tmp_path / folder) for folder in ("old", "new"))
+    monkeypatch.setenv("PATH", f"{paths}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    assert gpu_check.assembler() == tmp_path / "new" / "ptxas"
+    monkeypatch.setattr(profile, "machine", lambda: {"ptxas": "99.2.1"})
+    assert gpu_check.assembler() is None
+
+
+def test_a_resumed_run_keeps_what_there_is_and_runs_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "MIN_SECONDS", 0.0)
+    done = part("done", "print('all of it')")
+    endless = part("late", "import time; time.sleep(60)", seconds=0.5)
+    gpu_check.run([[done], [endless]], tmp_path, tmp_path, minutes=1.0)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"kind": "row", "cut sho')
+    again = tmp_path / "again"
+    stages = [[part("done", "print('a second time')")], [part("late", "print('in time')")]]
+    monkeypatch.setattr(gpu_check, "stages", lambda *arguments: stages)
+    options = ["--out", str(again), "--dry-run-cpu", "--resume", str(tmp_path / "records.jsonl")]
+    assert gpu_check.main(options) == 0
+    table = (again / "table.txt").read_text()
+    assert "all of it" in table
+    assert "in time" in table
+    assert "a second time" not in table
+    with pytest.raises(SystemExit):
+        gpu_check.main([*options[:-1], str(tmp_path / "nothing")])
+
+
+def test_clock_and_power_are_recorded_while_a_stage_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980, 2619, 640.5, 60, [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_clock, "SECONDS", 0.01)
+    records = tmp_path / "records.jsonl"
+    with gpu_clock.sampling(records, "models"):
+        end = time.monotonic() + 20
+        while not records.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+    sample = gpu_report.collect(records)["clocks"][0]
+    assert sample == {"part": "models", "sm_mhz": 1980, "memory_mhz": 2619, "watts": 640.5, "celsius": 60}
+    assert "1980 MHz (1980 to 1980), 640 W" in gpu_report.clocks([sample])[0]
 
 
 # The parts ------------------------------------------------------------------------------------------------------------
 
 
-def records(name: str, settings: gpu_parts.Settings) -> list[dict[str, Any]]:
+def records(name: str, settings: gpu_records.Settings) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     return list(gpu_parts.PARTS[name](settings))
 
@@ -151,6 +243,18 @@ def test_a_backend_that_says_why_it_does_not_support_a_call_is_noted(monkeypatch
     assert found["text"].endswith(": head_dim 8 is too small")
 
 
+def test_a_kernel_that_cannot_be_launched_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = prompt_attention.case(1, 3, 0, 1, 8, torch.float32, "cpu")
+
+    def refuse(**inputs: Any) -> Any:
+        raise Refused("it cannot be launched: out of resource: shared memory")
+
+    case.ours = {"fastprompt triton": refuse}
+    (found,) = sweep_of(case, monkeypatch)
+    assert not found["ok"]
+    assert "shared memory" in found["detail"]
+
+
 def test_the_sweep_reports_a_wrong_kernel_and_one_whose_results_vary(monkeypatch: pytest.MonkeyPatch) -> None:
     case = prompt_attention.case(2, 9, 3, 2, 8, torch.float32, "cpu")
     exact = case.exact
@@ -186,6 +290,15 @@ def test_times_are_taken_in_both_modes_and_fit_a_row(name: str) -> None:
     ("name", "providers", "modes"),
     [
         ("models", {"fastprompt", "concatenation", "bare backbone"}, {"training step", "inference"}),
+        ("longer", {"fastprompt", "concatenation", "bare backbone"}, {"training step", "forward+backward"}),
+        *(
+            pytest.param(part, {"fastprompt", "concatenation"}, modes, marks=pytest.mark.slow)
+            for part, modes in (("autocast", {"training step"}), ("small", {"training step", "inference"}))
+        ),
+        pytest.param(
+            *("compilers", {"fastprompt, compiled", "concatenation, compiled"}, {"training step"}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "compiled",
             {"fastprompt, compiled", "concatenation, compiled"},
@@ -199,7 +312,7 @@ def test_models_are_timed_against_concatenation_and_the_bare_backbone(
 ) -> None:
     rows = [r for r in records(name, dry()) if r["kind"] == "row"]
     assert {r["provider"] for r in rows if r["mode"] == "training step"} >= providers
-    assert {r["mode"] for r in rows} == modes
+    assert {r["mode"] for r in rows} >= modes
 
 
 @pytest.mark.slow
@@ -222,6 +335,44 @@ def test_a_part_whose_time_is_over_stops_and_says_what_it_left_out(name: str) ->
     found = records(name, dry(seconds=-1.0))
     assert {r["kind"] for r in found} == {"note"}
     assert any("the time ended before" in r["text"] for r in found)
+
+
+def test_what_was_measured_is_not_measured_again() -> None:
+    first = records("row_attention", dry())
+    done = [r["name"] for r in first if r["kind"] == "done"]
+    assert len(done) == 2
+    settings = dry()
+    settings.done = frozenset(done[:1])
+    again = records("row_attention", settings)
+    assert [r["name"] for r in again if r["kind"] == "done"] == done[1:]
+    assert {r["mode"] for r in again if r["kind"] == "row"} == {ops.BOTH}
+
+
+def test_the_kernels_that_ran_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = SimpleNamespace(key="cudnn_generated_fort_native_sdpa", self_device_time_total=5.0)
+    other = SimpleNamespace(key="cudaLaunchKernel", self_device_time_total=0.0)
+    profiler = SimpleNamespace(key_averages=lambda: [other, event])
+    monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(profiler))
+    (found,) = gpu_parts._ran("P=50, forward: sdpa any", lambda: None)
+    assert found["ran"] == ["cudnn_generated_fort_native_sdpa"]
+
+
+def test_attention_is_timed_by_each_way_and_on_keys_joined_beforehand() -> None:
+    case = prompt_attention.packed_case(2, 9, 3, 2, 8, torch.float32, "cpu", ("sdpa flash",), by_way=True)
+    rows = ops.rows(case, ops.BOTH, 2, "cpu")
+    assert {f"fastprompt {way}" for way in attention_choice.WAYS} <= {row.provider for row in rows}
+    assert case.notes == []
+    seen: list[str | None] = []
+    case.ours["fastprompt split"] = lambda **inputs: (
+        seen.append(attention_choice.forced()),
+        case.exact(**inputs),
+    )[1]
+    ops.check_correctness(case, ops.BOTH, ["fastprompt split"])
+    assert seen == ["split"]
+    joined = prompt_attention.joined_case(2, 9, 3, 2, 8, torch.float32, "cpu", ("sdpa flash",))
+    assert {len(x[0]) for n, x in joined.draw().items() if n != "q"} == {12}
+    (row,) = (r for r in ops.rows(joined, ops.FORWARD, 2, "cpu") if r.provider == "sdpa flash")
+    assert row.shape["keys"] == 12
 
 
 def test_a_cuda_error_ends_its_part() -> None:

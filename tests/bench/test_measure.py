@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import measure, report, run
+from fastprompt.calibration import timing
 
 MACHINE = {"device": "a CPU", "versions": {"torch": "2", "timm": "1", "threads": 2}, "commit": "abc"}
 
@@ -62,20 +63,20 @@ def test_a_row_names_device_versions_commit_shape_and_error() -> None:
 def test_rounds_are_interleaved_and_every_other_one_runs_backwards() -> None:
     calls: list[str] = []
     steps = {"a": lambda: calls.append("a"), "b": [lambda: calls.append("b1"), lambda: calls.append("b2")]}
-    found = measure.interleaved(steps, rounds=2)
+    found = timing.interleaved(steps, rounds=2)
     assert calls[2:] == ["a", "b1", "b2", "b1", "b2", "a"]  # after one unmeasured step of each
     assert found.keys() == {"a", "b"}
     assert all(t["min"] <= t["p20"] <= t["p50"] <= t["p80"] for t in found.values())
 
 
 def test_quantiles() -> None:
-    assert measure.quantiles([float(i) for i in range(11)]) == {
+    assert timing.quantiles([float(i) for i in range(11)]) == {
         "min": 0.0,
         "p20": 2.0,
         "p50": 5.0,
         "p80": 8.0,
     }
-    assert measure.quantiles([3.0]) == {"min": 3.0, "p20": 3.0, "p50": 3.0, "p80": 3.0}
+    assert timing.quantiles([3.0]) == {"min": 3.0, "p20": 3.0, "p50": 3.0, "p80": 3.0}
 
 
 def test_the_machine_names_this_one() -> None:
@@ -231,7 +232,7 @@ def test_on_a_gpu_a_step_is_timed_by_events_around_all_of_its_inputs(
     device = FakeDevice(captures)
     device.install(monkeypatch)
     steps = {"a": [device.step(2.0), device.step(4.0)], "b": [device.step(0.01)]}
-    found = measure.interleaved(steps, 3, "cuda")
+    found = timing.interleaved(steps, 3, "cuda")
     assert {name: (t["p50"], t["clock"]) for name, t in found.items()} == {
         "a": (3.0, clock),
         "b": (0.01, clock),
@@ -241,6 +242,13 @@ def test_on_a_gpu_a_step_is_timed_by_events_around_all_of_its_inputs(
 def test_models_are_not_captured_on_a_gpu_and_run_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(captures=True)
     device.install(monkeypatch)
-    assert measure.interleaved({"a": device.step(20.0)}, 1, "cuda", graphs=False)["a"]["clock"] == "events"
+    assert timing.interleaved({"a": device.step(20.0)}, 1, "cuda", graphs=False)["a"]["clock"] == "events"
     assert device.graphs == {}
-    assert device.now == 3 * 20.0 + 2 * 20.0 + measure.CALLS_MS  # warm, estimate, measure
+    assert device.now == 3 * 20.0 + 2 * 20.0 + timing.CALLS_MS  # warm, estimate, measure
+
+
+def test_each_round_fills_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(captures=True)
+    device.install(monkeypatch)
+    timing.interleaved({"a": device.step(2.0)}, 3, "cuda", window=20.0)
+    assert device.now == 3 * 2.0 + 2 * 2.0 + 3 * 20.0  # warm, estimate, measure

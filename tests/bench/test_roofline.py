@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, ops, roofline
-from bench.cases import folded_cross_attention, gated_blend, prompt_attention, row_attention
+from bench.cases import (
+    folded_cross_attention,
+    gated_blend,
+    prompt_attention,
+    residual_norm,
+    row_attention,
+)
 
 B, N, P, H, d = 2, 13, 5, 3, 8
 SIZE = (torch.float32, "cpu")
@@ -43,6 +49,16 @@ def test_bytes_are_each_input_and_output_once() -> None:
     assert [work.bytes for work in case.work] == [given + out + lse, 2 * given + 2 * out + lse]
 
     statistics = 2 * 4 * B * N
+    for autocast in (False, True):
+        case = residual_norm.case(B, N, d, torch.bfloat16, "cpu", autocast=autocast)
+        inputs = case.draw()
+        read = sum(x.nbytes for x in inputs.values())
+        written = inputs["x"].nbytes + inputs["delta"].nbytes
+        assert case.work[0].bytes == read + written + statistics
+        # Both gradients, y and the weight; d(x), and d(delta) if it is another tensor.
+        read = 2 * inputs["x"].nbytes + inputs["delta"].nbytes + inputs["weight"].nbytes
+        assert case.work[1].bytes == read + (written if autocast else inputs["x"].nbytes) + statistics
+
     for norm in (False, True):
         case = gated_blend.case(B, N, P, d, *SIZE, norm=norm)
         inputs = case.draw()

@@ -14,6 +14,8 @@ import torch
 
 from bench import cases, ops, tune
 from bench.cases import prompt_attention
+from bench.correctness import WrongResult
+from fastprompt.calibration import search
 
 by_operation = pytest.mark.parametrize("operation", cases.NAMES)
 
@@ -50,46 +52,30 @@ def test_what_cannot_be_written_down_is_not_written(tmp_path: Path) -> None:
     assert path.read_text() == "TABLE = {1: 2}\nTABLE[1] = 5\n"
 
 
-def test_the_fastest_must_win_by_more_than_noise() -> None:
-    assert (
-        tune.fastest([("old", 1.0, ""), ("new", 0.5, ""), ("broken", None, "out of memory")], "old") == "new"
-    )
-    assert tune.fastest([("old", 1.0, ""), ("new", 0.99, "")], "old") == "old"
-    assert tune.fastest([("old", None, "wrong"), ("new", 3.0, "")], "old") == "new"
-    assert tune.fastest([("old", None, "wrong")], "old") == "old"
-
-
-def test_candidates_are_checked_and_the_table_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_checked_on_a_case_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     case = prompt_attention.case(2, 9, 3, 2, 8, torch.float32, "cpu")
     exact = case.exact
-    table: dict[tuple[Any, ...], Any] = {(90,): "old"}
+    case.ours = {tune.NAME: exact}
+    checks = tune.checks([(case, ops.FORWARD), (case, ops.BOTH)])
+    assert len(checks) == 2
+    for check in checks:
+        check()
+    case.ours[tune.NAME] = lambda **inputs: 2 * exact(**inputs)
+    for check in checks:
+        with pytest.raises(WrongResult):
+            check()
+    case.ours.clear()
+    with pytest.raises(NotImplementedError, match="no Triton kernel here"):
+        tune.checks([(case, ops.FORWARD)])
 
-    def kernel(**inputs: Any) -> Any:
-        if table[90,] == "crash":
-            raise RuntimeError("out of resource: shared memory")
-        return exact(**inputs) * (2 if table[90,] == "wrong" else 1)
 
-    case.ours = {"fastprompt triton": kernel}
-    measured: list[str] = []
-
-    def interleaved(steps: dict[str, Any], rounds: int, device: str) -> dict[str, dict[str, float]]:
-        for several in steps.values():
-            several[0]()
-            measured.append(table[90,])
-        return {name: {"p50": 1.0 + i} for i, name in enumerate(steps)}
-
-    monkeypatch.setattr(tune.measure, "interleaved", interleaved)
-    monkeypatch.setattr(tune.measure, "input_sets", lambda size, device: 1)
-    call = case, ops.FORWARD
-    checks = tune.checks([call, call])
-    faults = {c: tune.fault(table, (90,), c, checks) for c in ("old", "wrong", "crash", "new")}
-    assert (faults["old"], faults["new"]) == (None, None)
-    assert faults["wrong"] is not None
-    assert faults["wrong"].startswith("WrongResult")
-    assert faults["crash"] == "RuntimeError: out of resource: shared memory"
-    assert tune.measured(table, (90,), ["old", "new"], call) == {0: 1.0, 1: 2.0}
-    assert measured == ["old", "new"]
-    assert table == {(90,): "old"}
+def test_an_entry_for_many_keys_is_judged_at_several_lengths() -> None:
+    table = tune.config_of("prompt_attention").TABLE
+    (key,) = (k for k in table if k[:5] == (90, "dq", 64, "long", 2))
+    found = cases.load("prompt_attention").timed(key, tune.TIMED)
+    assert [c.shape["N"] for c in found] == [397, 577, 1370]
+    work = [c.shape["B"] * c.shape["N"] ** 2 for c in found]
+    assert max(work) < 1.2 * min(work)
 
 
 # The sizes by which the launchers of each operation choose an entry, from its key and the shape of a case.
@@ -97,6 +83,7 @@ CHOICES: dict[str, Any] = {
     "prompt_attention": lambda key, shape: (
         *(shape["d"], 1 if key.length == "one" else shape["N"], shape["N"] + shape["P"], key.itemsize),
     ),
+    "residual_norm": lambda key, shape: (shape["D"],),
     "gated_blend": lambda key, shape: (shape["D"], key.norm),
     "folded_cross_attention": lambda key, shape: (
         *(tune.config_of("folded_cross_attention").split(shape["H"], shape["P"]).total, key.itemsize),
@@ -123,7 +110,7 @@ def test_every_entry_has_candidates_and_calls_that_reach_it(
 
 def test_keys_of_the_most_used_kernels_come_first() -> None:
     table = importlib.import_module("fastprompt.kernels.triton.prompt_attention_config").TABLE
-    keys = sorted((k for k in table if k[0] in (80, 90)), key=tune.order)
+    keys = sorted((k for k in table if k[0] in (80, 90)), key=search.order)
     assert keys[0][1] == "bwd"
     assert [k[4] for k in keys] == sorted(k[4] for k in keys)
 
@@ -145,18 +132,19 @@ def test_what_is_found_is_saved_key_by_key(
 ) -> None:
     operation = "folded_cross_attention"
     table = tune.config_of(operation).TABLE
-    keys = sorted((k for k in table if k[0] == 90 and "fwd" in k), key=tune.order)
+    keys = sorted((k for k in table if k[0] == 90 and "fwd" in k), key=search.order)
     calls = iter([{0: 2.0, 1: 1.0}, {0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}])
 
-    def measured(table: Any, key: Any, candidates: list[Any], call: Any) -> dict[int, float]:
+    def measured(module: Any, key: Any, candidates: list[Any], *rest: Any) -> dict[int, float]:
         if key == keys[3]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return {**dict.fromkeys(range(len(candidates)), 5.0), **next(calls)}
 
     monkeypatch.setattr(tune, "architecture", lambda: 90)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(tune, "_fault_in_worker", lambda operation, key, candidate: None)
-    monkeypatch.setattr(tune, "measured", measured)
+    monkeypatch.setattr(search, "fault_of", lambda *arguments: None)
+    monkeypatch.setattr(search, "measured", measured)
+    monkeypatch.setattr(tune, "steps_of", lambda operation, key: [])
     saved: list[Any] = []
     chosen = tune.tune(operation, 5.0, "fwd", 2, lambda table: saved.append(dict(table)))
     changed = [key for key in table if chosen[key] != table[key]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,28 @@ def test_any_scale(keys: int, factor: float, dtype: torch.dtype) -> None:
         partial(f, scale=factor) for f in (concatenated, prompt_attention_reference, prompt_attention)
     )
     Oracle(plain, inputs, exact=exact)(ours)
+
+
+@pytest.mark.parametrize("keys", [40, 300], ids=["all keys at once", "tiles of keys"])
+@pytest.mark.parametrize("deviation", [11, 57])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_a_saturated_softmax(keys: int, deviation: float, dtype: torch.dtype) -> None:
+    """Rounding `out` must not show: times large scores, it would be far more than the gradient of the temperature."""
+    inputs = draw(Shape(B=BATCHES[-1], Nq=40, N=keys, d=64), dtype, DEVICE)
+    inputs["temperature"] = torch.tensor([1 / deviation], device=DEVICE)
+    Oracle(concatenated, inputs, trainable=("temperature",))(prompt_attention)
+    if (
+        keys < RESIDENT_KEYS
+    ):  # elsewhere the weights' gradients have the rounding of `out`, as in every flash kernel
+        Oracle(concatenated, inputs)(prompt_attention)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU, the number of multiprocessors is its own")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_may_own_several_images(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 4)
+    assert kernels._images_of_a_program(5, 2, 4) == 3
+    assert_exact(draw(Shape(B=5, Nq=17, kind=kind), torch.float32))
 
 
 @pytest.mark.parametrize("keys", [9, 300], ids=["all keys at once", "tiles of keys"])
@@ -175,9 +198,10 @@ def test_pieces_of_keys_waste_little() -> None:
     for keys in range(1, RESIDENT_KEYS + 1):
         pieces = key_pieces(keys)
         assert keys <= sum(pieces) < keys + 32
-        # Padding stands in the last piece alone.
+        # Padding stands in the last piece alone, which is masked.
         last = [p for p in pieces if p][-1]
         assert sum(pieces) - last < keys
+        assert last <= 64
 
 
 def test_a_tail_holds_what_whole_tiles_leave() -> None:
@@ -192,3 +216,13 @@ def test_few_heads_are_shared_among_more_programs() -> None:
     one = torch.device(DEVICE)
     assert rows(197, 64, 10**6, one) == 256
     assert rows(197, 64, 1, one) == 64
+
+
+def test_images_of_a_program_leave_no_multiprocessor_idle_for_long() -> None:
+    for B, H, multiprocessors in product((1, 2, 31, 32, 128, 512), (3, 6, 12, 16, 20), (108, 132, 148)):
+        images = kernels._images_of_a_program(B, H, multiprocessors)
+        programs = -(-B // images) * H
+        time = images * -(-programs // multiprocessors)
+        assert time <= -(-B * H // multiprocessors)
+        assert 1 <= images <= B
+    assert kernels._images_of_a_program(128, 12, 132) == 12  # 11 groups of 12 heads, on 132 multiprocessors

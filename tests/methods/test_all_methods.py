@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from timm_families import CLASSES, PROMPTABLE, images, small
+from torch._dynamo.backends.common import aot_autograd
 
 import fastprompt
 from bench.correctness import assert_same
@@ -92,12 +94,28 @@ def test_gradient_checkpointing_changes_nothing(method: str) -> None:
     assert_same(gradients(model, model), plain)
 
 
+def recorded(found: list[str]) -> Any:
+    """Return a compiler backend that collects the operators of forward and backward, and runs them as they are."""
+
+    def compile(graph: Any, inputs: Any) -> Any:
+        found.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compile, bw_compiler=compile)
+
+
 @pytest.mark.parametrize("method", [*list(METHODS)[:-1], pytest.param("da-vpt-plus", marks=pytest.mark.slow)])
-def test_compiles_as_one_graph(method: str) -> None:
+def test_compiles_as_one_graph_of_plain_pytorch_and_attention(method: str) -> None:
+    """An operator of ours is a fence for a compiler: only attention with prompts is worth one, and CVPT has none."""
     torch._dynamo.reset()
     model: Any = fastprompt.get_prompt_model(small("vit"), METHODS[method]).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    operators: list[str] = []
+    compiled = torch.compile(model, fullgraph=True, backend=recorded(operators))
     assert_same(gradients(model, compiled), gradients(model, model))
+    assert operators
+    ours = {name.removesuffix(".default") for name in operators if name.startswith("fastprompt.")}
+    attention = {"fastprompt.packed_prompt_attention", "fastprompt.packed_prompt_attention_backward"}
+    assert ours == (set() if method == "cvpt" else attention)
 
 
 def test_values_that_do_not_fit_the_model_are_refused_unchanged() -> None:

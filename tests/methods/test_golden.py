@@ -19,6 +19,7 @@ from bench.correctness import assert_same
 from bench.papers import paper_model
 from fastprompt import load_official_state_dict
 from fastprompt.methods import cvpt
+from fastprompt.ops.attention_choice import WAYS, use_way
 
 SHORTCUTS = pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "full"])
 by_case = pytest.mark.parametrize("name", CASES)
@@ -59,6 +60,15 @@ def test_outputs_and_gradients_equal_the_official_code(name: str, shortcuts: boo
     model, wanted, case = tuned(name, shortcuts=shortcuts)
     check(model, wanted, case)
     check_inference(model, case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@by_case
+def test_every_way_to_compute_attention_equals_the_official_code(name: str, way: str) -> None:
+    model, wanted, case = tuned(name)
+    with use_way(way):
+        check(model, wanted, case)
+        check_inference(model, case)
 
 
 @by_case

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.baselines import softmax_from_lse as softmax
 from fastprompt.ops import AttentionWeights
 
 
@@ -128,15 +129,6 @@ def draw(
             index[-1] = index[0]
         inputs["prompt_index"] = index.to(device)
     return inputs
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """A softmax that has the roundings of large scores, in float32 or better.
-
-    A backward that keeps the log-sum-exp and makes the weights again, as PyTorch's own attention has it, has them too.
-    """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def concatenated(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastprompt
+from fastprompt.kernels import identities
 from fastprompt.ops import dispatch, gated_blend, packed_prompt_attention, prompt_attention
 
 
@@ -44,6 +45,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
         empty = dispatch.Backend(name, lambda: "no kernels")
         monkeypatch.setitem(dispatch._backends, name, empty)
     monkeypatch.setattr(dispatch, "_request", "auto")
+    monkeypatch.setattr(identities, "known", {})
 
     def add(backend: str, operation: str, reason: str | None = None, missing: str | None = None) -> Recorder:
         recorder = Recorder(operation, reason)
@@ -221,21 +223,8 @@ def test_auto_leaves_what_is_not_automatic_to_those_who_name_it(registry: Any) -
     dispatch._backends["triton"].kernels["prompt_attention"].automatic = False
     attend()
     assert triton.calls == 0
-    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1))
     prompt_attention(**draw(Shape(), torch.float32), backend="triton")
     assert triton.calls == 1
-
-
-def test_auto_is_eager_for_tensors_that_no_other_backend_supports(registry: Any) -> None:
-    q = torch.empty(1, 2, 3, 4)
-    assert dispatch.auto_is_eager("prompt_attention", q)
-    registry("cuda", "prompt_attention", missing="no CUDA device")
-    assert dispatch.auto_is_eager("prompt_attention", q)
-    kernel = registry("triton", "prompt_attention")
-    kernel.can_run = lambda q: None if q.shape[-1] <= 128 else "too wide"
-    dispatch.register("prompt_attention", "triton", kernel.run, kernel.can_run)
-    assert not dispatch.auto_is_eager("prompt_attention", q)
-    assert dispatch.auto_is_eager("prompt_attention", torch.empty(1, 2, 3, 129))
 
 
 def test_attention_without_prompts_that_no_kernel_supports_is_pytorchs_own(registry: Any) -> None:
@@ -278,21 +267,27 @@ def test_native_kernels_run_cpu_tensors_and_no_others(registry: Any) -> None:
 
 PROGRAM = """
 import sys
-from fastprompt.ops import dispatch
-print(dispatch.requested(), [m for m in sys.modules if m.startswith("fastprompt.kernels.triton")])
+from fastprompt.ops import attention_choice, dispatch
+imported = [m for m in sys.modules if m.startswith("fastprompt.kernels.triton")]
+print(dispatch.requested(), attention_choice.forced(), imported)
 """
 
 
-def test_environment_variable_asks_for_a_backend_and_triton_is_imported_when_it_is_used() -> None:
+def test_environment_variables_ask_for_a_backend_and_a_way_and_triton_is_imported_when_it_is_used() -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "FASTPROMPT_BACKEND": "Eager ", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "FASTPROMPT_BACKEND": "Eager ",
+            "FASTPROMPT_ATTENTION": "Split",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert (result.stdout.strip(), result.returncode) == ("eager []", 0), result.stderr
+    assert (result.stdout.strip(), result.returncode) == ("eager split []", 0), result.stderr
 
 
 def test_a_wrong_environment_variable_is_an_error_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def plain(
     length: int,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The formula in plain PyTorch, in the inputs' dtype."""
+    """The formula in plain PyTorch, in the inputs' dtypes."""
     y = x + delta
     gate = gate.to(x.dtype)
     rows = gate * y[:, start : start + length] + (1 - gate) * prompt_in
@@ -74,7 +74,7 @@ def plain(
     if norm is None:
         return y, None
     weight, bias = (t if t is None else t.to(x.dtype) for t in norm[:2])
-    return y, F.layer_norm(y, y.shape[-1:], weight, bias, norm.eps)
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, norm.eps).to(delta.dtype)
 
 
 def at(function: Callable[..., Any], sizes: Sizes, norm: Norm | None) -> Callable[..., Any]:
@@ -169,7 +169,7 @@ def test_any_sizes(
 ) -> None:
     torch.manual_seed(seed)
     device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
-    probe = (torch.empty(1, 1, 1, dtype=dtype, device=device), *(None,) * 8)
+    probe = (*(torch.empty(1, 1, 1, dtype=dtype, device=device),) * 3, *(None,) * 6)
     if dispatch.why_not(OPERATION, name, *probe) is not None:
         return
     with dispatch.use_backend(name):
@@ -279,7 +279,7 @@ def test_a_large_mean_costs_no_digits_of_the_variance(backend: str, device: str)
 
 
 @by_norm
-def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate(norm: bool) -> None:
+def test_autocast_blends_in_the_widest_dtype_norms_in_deltas_and_keeps_the_gate(norm: bool) -> None:
     inputs = draw((2, 5, 6, 1, 2), torch.float32, gate=0.5003)  # 0.5 in bfloat16
     low = {**inputs, "delta": inputs["delta"].bfloat16()}
     low["delta"].requires_grad_()
@@ -289,8 +289,35 @@ def test_autocast_blends_in_the_widest_dtype_and_keeps_the_gate(norm: bool) -> N
         out = [t for t in function(**low) if t is not None]
         sum(t.sum() for t in out).backward()  # type: ignore[union-attr]
     want = [t for t in function(**{**low, "delta": low["delta"].float()}) if t is not None]
-    assert all(got.dtype == torch.float32 and torch.equal(got, w) for got, w in zip(out, want, strict=True))
+    assert torch.equal(out[0], want[0])
+    assert not norm or torch.equal(out[1], want[1].bfloat16())
     assert (low["delta"].grad.dtype, low["gate"].grad.dtype) == (torch.bfloat16, torch.float32)  # type: ignore[union-attr]
+
+
+@by_norm
+@pytest.mark.parametrize("names", ["x delta prompt_in gate", "delta", "x"])
+def test_a_wide_residual_stream_and_a_narrow_branch(
+    backend: str, device: str, norm: bool, names: str
+) -> None:
+    """What the operator sees of autocast, on every backend: each tensor in its own dtype, and so its gradient."""
+    sizes = (2, 6, 40, 1, 3)
+    given = affine(40, device) if norm else None
+    inputs = draw(sizes, torch.float32, device)
+    inputs["delta"] = inputs["delta"].half()
+    function = partial(at_operator, backend, sizes[3:], given)
+    oracle(inputs, sizes, given, trainable=names.split())(function)
+    y, *normed = function(**inputs)
+    assert y.dtype == torch.float32
+    assert all(t.dtype == torch.float16 for t in normed)
+
+
+def at_operator(
+    backend: str, rows: tuple[int, int], norm: Norm | None, **inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """The operator itself, which takes mixed dtypes."""
+    affine_or_none = (None, None, None) if norm is None else norm
+    y, normed, *_ = torch.ops.fastprompt.gated_blend(*inputs.values(), *rows, *affine_or_none, backend)
+    return (y,) if norm is None else (y, normed)
 
 
 # What it refuses -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton.prompt_attention import (
     MAX_HEAD_DIM,
-    MAX_PROMPT_SETS,
+    SECOND_AXIS,
     SUM_COLUMNS,
     SUM_ROWS,
     _dense_rows,
@@ -39,8 +39,8 @@ def can_merge(q: Tensor, *args: Any) -> str | None:
 
 def can_segment_backward(grad: Tensor, q: Tensor, prompt_k: Tensor, *args: Any) -> str | None:
     """As :func:`can_merge`, for the gradients."""
-    if prompt_k.ndim == 4 and prompt_k.shape[0] > MAX_PROMPT_SETS:
-        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {MAX_PROMPT_SETS})"
+    if prompt_k.ndim == 4 and prompt_k.shape[0] > SECOND_AXIS:
+        return f"{prompt_k.shape[0]} prompt sets are not supported (up to {SECOND_AXIS})"
     return can_merge(q)
 
 

@@ -131,7 +131,7 @@ before = set(sys.modules)
 from fastprompt import *
 assert get_prompt_model is fastprompt.model.get_prompt_model
 assert fastprompt.get_prompt_model is get_prompt_model
-added = {name.partition(".")[0] for name in set(sys.modules) - before}
+added = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
 assert added == {"fastprompt"}, added
 
 import importlib, pkgutil

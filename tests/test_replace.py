@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bench.correctness import assert_as_exact, assert_same
 from fastprompt import replace, restore_attention
 from fastprompt import vit as adapters
+from fastprompt.ops.attention_choice import use_way
 from fastprompt.replace import FastAttention, replace_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,7 +236,8 @@ def test_replacing_a_compiled_model_takes_effect() -> None:
     model = small("vit", depth=1)
     recorder = Recorder()
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
-    with torch.no_grad():
+    # This way is an operator in the graph; by default attention without prompts is PyTorch's own there.
+    with torch.no_grad(), use_way("split"):
         expected = compiled(images())
         assert recorder.kernels == 0
         report = replace_attention(compiled, backend="eager")
@@ -253,7 +255,7 @@ def test_compiled_model_does_not_recompile() -> None:
     replace_attention(model, backend="eager")
     recorder = Recorder()
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
-    with torch.no_grad():
+    with torch.no_grad(), use_way("split"):
         for seed in range(3):
             compiled(images(seed=seed))
     assert recorder.kernels == 1

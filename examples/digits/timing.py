@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.correctness import assert_same
-from bench.measure import interleaved
 from bench.papers import paper_model
 from fastprompt import PromptModel
+from fastprompt.calibration.timing import interleaved
 from fastprompt.training.loop import adamw
 
 

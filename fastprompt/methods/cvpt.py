@@ -75,9 +75,10 @@ class CVPTModel(PromptModel):
         recompute = blocks.recompute_of(base, recompute)
         last, normed = len(base.blocks) - 1, None
         base_blocks = backbone.blocks_of(base)[:depth]
-        for i, (block, following) in enumerate(zip(base_blocks, [*base_blocks[1:], None], strict=True)):
+        for i, block in enumerate(base_blocks):
             if on_block is not None:
                 on_block(i, x, 0)
+            following = base_blocks[i + 1] if i + 1 < len(base_blocks) else None
             context = Context(
                 rope=ropes[i], cross=state[i], following=following, normed=normed, recompute=recompute
             )

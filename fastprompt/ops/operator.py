@@ -79,7 +79,7 @@ def traced_plainly(backend: str, *, fusable: bool) -> bool:
 
     An exported program always contains plain PyTorch, so that it runs where fastprompt is not installed. For
     `torch.compile` an operator is a fence, so that `fusable` operations are plain PyTorch too: those for which the
-    compiler's own kernels are as good. A backend that is requested by name gets its operator.
+    compiler's own kernels are as good. A backend with kernels that is requested by name gets its operator.
     """
     if torch.compiler.is_exporting():
         return True

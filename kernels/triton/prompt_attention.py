@@ -261,9 +261,7 @@ def _backward(
     resident = way == "resident" and not (own and B > SECOND_AXIS)
     images = 1
     if resident and not own:
-        images = max(
-            _images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS)
-        )
+        images = max(_images_of_a_program(B, H, launch.multiprocessors(device)), triton.cdiv(B, SECOND_AXIS))
     groups = triton.cdiv(B, images)
 
     # Gradients that a kernel computes but nobody needs are written to scratch.

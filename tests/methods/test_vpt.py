@@ -17,6 +17,7 @@ from bench.correctness import assert_same
 from bench.papers import paper_model, trace
 from fastprompt import VPTConfig, backbone, blocks
 from fastprompt.config import Pool
+from fastprompt.ops import dispatch
 
 PLACES = {"deep": {}, "shallow": {"deep": False}, "partial": {"blocks": 2}}
 
@@ -167,15 +168,15 @@ def test_block_zero_makes_the_gradients_of_prompts_alone() -> None:
     x, ropes = backbone.embed(model.base, images())
     state = model.prepare(2, model._head_input())
     asked: list[list[bool]] = []
-    original = torch.ops.fastprompt.packed_prompt_attention_backward
+    original = dispatch.run
 
-    class Spy:
-        def __call__(self, *args: Any) -> Any:
-            asked.append(args[-2])
-            return original(*args)
+    def spy(operation: str, backend: str, *args: Any) -> Any:
+        if operation == "packed_prompt_attention_backward":
+            asked.append(args[-1])
+        return original(operation, backend, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.fastprompt, "packed_prompt_attention_backward", Spy(), raising=False)
+        patch.setattr(dispatch, "run", spy)
         blocks.run_block(model.base.blocks[0], x, state.prompts[0], blocks.Context())[0].sum().backward()
     assert asked == [[False, True, True, False]]
 

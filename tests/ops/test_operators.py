@@ -333,9 +333,12 @@ def test_compiles_with_inductor(fresh_compiler: None) -> None:
 
 @by_form
 def test_exports_with_a_dynamic_batch(form: Form) -> None:
+    # `run_attention` calls the operator itself.
+    function = prompt_attention if form.function is run_attention else form.function
+
     class Module(nn.Module):
         def forward(self, inputs: Tensors) -> Tensor:
-            return form.function(**inputs)
+            return function(**inputs)
 
     inputs, others = form.draw(3), form.draw(7)
     batched = {n for n, x in inputs.items() if x is not None and x.shape != others[n].shape}  # type: ignore[union-attr]
@@ -344,7 +347,7 @@ def test_exports_with_a_dynamic_batch(form: Form) -> None:
     program = torch.export.export(Module(), (inputs,), dynamic_shapes=(dynamic,))
     assert "fastprompt." not in str(program.graph), "it runs where fastprompt is not installed"
     others = {name: others[name] if name in batched else x for name, x in inputs.items()}
-    assert_same(program.module()(others), form.function(**others))
+    assert_same(program.module()(others), function(**others))
 
 
 # vmap -----------------------------------------------------------------------------------------------------------------

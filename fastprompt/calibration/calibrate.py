@@ -20,7 +20,7 @@ from fastprompt.calibration import attention, search, tiles, timing
 from fastprompt.calibration.attention import Shape
 from fastprompt.calibration.exact import first_line, is_lost
 from fastprompt.calibration.tiles import Work
-from fastprompt.ops import dispatch, profile
+from fastprompt.ops import dispatch, profile, replay
 from fastprompt.ops.profile_file import DTYPES, Measurement, Profile, ProfileError, Tile, read, tables, write
 
 SIZES = ("small", "base", "large")
@@ -116,6 +116,7 @@ def calibrate(
         _tiles(run, shapes)
     say(f"wrote {file}" if file is not None and file.exists() else "no file was written")
     profile.forget()
+    replay.forget()
     return run.found
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fastprompt.calibration import timing
 from fastprompt.calibration.exact import first_line
+from fastprompt.ops import replay
 from fastprompt.ops.profile_file import tables
 
 ROUNDS = 5
@@ -115,7 +116,7 @@ def fault(module: Any, key: Key, config: Any, checks: Sequence[Check]) -> str | 
     before = module.TABLE[key]
     module.override(key, config)
     try:
-        with warnings.catch_warnings():  # a candidate that is refused is no news
+        with warnings.catch_warnings(), replay.off():  # a candidate that is refused is no news
             warnings.simplefilter("ignore", RuntimeWarning)
             for check in checks:
                 check()
@@ -146,7 +147,8 @@ def measured(
 
     programs = {str(i): [with_entry(config, step) for step in steps] for i, config in enumerate(configs)}
     try:
-        times = timing.interleaved(programs, rounds, device, warm=False, window=WINDOW)
+        with replay.off():  # each call reads the table
+            times = timing.interleaved(programs, rounds, device, warm=False, window=WINDOW)
     finally:
         module.override(key, before)
     return {i: times[str(i)]["p50"] for i in range(len(configs))}

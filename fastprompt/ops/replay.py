@@ -10,10 +10,15 @@ choice depends on nothing else but the dtypes and the alignment of pointers to 1
 follow from it for tensors that the call allocates. A call is not recorded if it reads a number from a tensor or lets
 PyTorch choose an attention kernel, if it uses a tensor from elsewhere, or if one of its kernels was not checked
 (:mod:`fastprompt.ops.trust`).
+
+The first repetition runs beside the call itself, and all bits of their results must be equal: the kernels' sums have a
+fixed order. If they are not, a warning says so and the call is never repeated. ``FASTPROMPT_CHECK=never`` leaves out this
+comparison.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -24,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastprompt.kernels import identities
-from fastprompt.ops import attention_choice
+from fastprompt.ops import attention_choice, trust
 
 aten = torch.ops.aten
 
@@ -49,7 +54,7 @@ _ALLOCATIONS = {
 def signature(operation: str, backend: str, args: tuple[Any, ...]) -> Signature | None:
     """Return what decides how a call runs, or None for a call that is not to be recorded."""
     first = next(x for x in args if isinstance(x, Tensor))
-    if first.device.type != device_type:
+    if first.device.type != device_type or _off:
         return None
     parts: list[Any] = [operation, backend, attention_choice.requested()]
     if first.dtype == torch.float32:
@@ -238,6 +243,7 @@ class Replay:
 
     def __init__(self, steps: list[Step], results: list[Place], owned: int) -> None:
         self.steps, self.results, self.empty = steps, results, (None,) * owned
+        self.proven = False
 
     def __call__(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run the call on arguments of its signature."""
@@ -297,13 +303,14 @@ def _free_step(owners: list[int]) -> Step:
 
 # None: seen once; False: cannot be repeated.
 _known: dict[Signature, Replay | bool | None] = {}
+_off = False
 
 
 def run(key: Signature, function: Callable[..., Any], *args: Any) -> Any:
     """Return `function(*args)`, a call of the signature `key`: its first run, its record, or a repetition."""
     replay = _known.get(key, True)
     if isinstance(replay, Replay):
-        return replay(args)
+        return replay(args) if replay.proven or trust.never() else _prove(key, replay, function, args)
     if replay is True:  # new
         if len(_known) >= MAX_SIGNATURES:
             _known.clear()
@@ -317,6 +324,40 @@ def run(key: Signature, function: Callable[..., Any], *args: Any) -> Any:
     found = recorder.finish(results)
     _known[key] = False if found is None else found
     return results
+
+
+def _prove(key: Signature, replay: Replay, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Return `function(*args)`, and compare its bits with those of the first repetition."""
+    results = function(*args)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return results  # a comparison would end the capture
+    if all(_same_bits(x, y) for x, y in zip(results, replay(args), strict=True)):
+        replay.proven = True
+        return results
+    _known[key] = False
+    warnings.warn(
+        f"`{key[0]}`: repeating the recorded launches of a call did not give its bits, so calls of this signature run "
+        f"without a record; their results are right. torch {torch.__version__}, arguments: {key[1:]}. "
+        "Please report this message",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return results
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (x, y)))
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Record and repeat no call inside the context, for example while tables of tile sizes change."""
+    global _off
+    previous, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = previous
 
 
 def forget() -> None:

@@ -63,6 +63,11 @@ def always() -> bool:
     return _mode == "always"
 
 
+def never() -> bool:
+    """Return whether nothing is checked."""
+    return _mode == "never"
+
+
 def run(name: str, run: Callable[..., T], plain: Callable[..., T], *args: Any) -> T:
     """Return `run(*args)`, checked if it launches kernels that were not checked before.
 

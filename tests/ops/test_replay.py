@@ -71,7 +71,7 @@ def test_a_repetition_gives_the_same_bits_without_a_launcher(name: str, launched
         cotangent = torch.randn_like(form.function(**inputs))
         replay.forget()  # `folded_cross_attention` keeps more for gradients
         first = evaluate(form.function, inputs, cotangent, forms.floats(inputs))
-        for _ in range(2):  # records, then repeats
+        for _ in range(3):  # records, proves, then repeats
             launched.clear()
             again = evaluate(form.function, copies(inputs), cotangent.clone(), forms.floats(inputs))
     assert launched == []
@@ -79,8 +79,9 @@ def test_a_repetition_gives_the_same_bits_without_a_launcher(name: str, launched
     assert all(torch.equal(x, again[n]) for n, x in first.items())
 
 
-def twice(function: Callable[[], Any]) -> None:
-    for _ in range(2):
+def prove(function: Callable[[], Any]) -> None:
+    """Call `function` as often as it takes until calls are repetitions: a first run, a record, a comparison."""
+    for _ in range(3):
         function()
 
 
@@ -96,14 +97,46 @@ def test_other_shapes_strides_alignment_and_numbers_are_other_calls(launched: li
         inputs | {"scale": 0.3},
     ]
     with use_way("looped"):
-        twice(lambda: prompt_attention(**inputs))  # type: ignore[arg-type]
+        prove(lambda: prompt_attention(**inputs))  # type: ignore[arg-type]
         for other in others:
             launched.clear()
-            twice(lambda other=other: prompt_attention(**other))
-            assert len(launched) == 2
+            prove(lambda other=other: prompt_attention(**other))
+            assert len(launched) == 3
             prompt_attention(**other)
-            assert len(launched) == 2
+            assert len(launched) == 3
     assert len(replay._known) == 1 + len(others)
+
+
+def test_nothing_is_repeated_where_that_is_switched_off(launched: list[str]) -> None:
+    inputs = draw(Shape(B=3, Nq=5, N=5, P=3, d=16), torch.float32, DEVICE)
+    with use_way("looped"):
+        prove(lambda: prompt_attention(**inputs))  # type: ignore[arg-type]
+        launched.clear()
+        with replay.off():
+            prompt_attention(**inputs)  # type: ignore[arg-type]
+        assert launched
+        launched.clear()
+        prompt_attention(**inputs)  # type: ignore[arg-type]
+        assert not launched
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_repetition_that_differs_is_found_and_given_up(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launches of the record are lost, as if they had been made with wrong arguments."""
+    inputs = draw(Shape(B=3, Nq=5, N=5, P=3, d=16), torch.float32, DEVICE)
+    with use_way("looped"):
+        for _ in range(2):
+            expected = prompt_attention(**inputs)  # type: ignore[arg-type]
+        (record,) = replay._known.values()
+        assert isinstance(record, replay.Replay)
+        monkeypatch.setattr(record, "steps", [s for s in record.steps if "_launch" not in s.__qualname__])
+        with pytest.warns(RuntimeWarning, match="did not give its bits"):
+            assert torch.equal(prompt_attention(**inputs), expected)  # type: ignore[arg-type]
+        launched.clear()
+        assert torch.equal(prompt_attention(**inputs), expected)  # type: ignore[arg-type]
+        assert launched
 
 
 def test_what_cannot_be_repeated_runs_as_ever(launched: list[str]) -> None:
@@ -163,7 +196,7 @@ def test_python_of_a_repeated_call_stays_short(
     """Counted in calls of functions, on any machine the same; `python -m bench.overhead` gives the time."""
     inputs = [x.to(DEVICE).requires_grad_(trains) for x in draw_packed(torch.float32)]
     with use_way("looped"):
-        twice(lambda: packed_prompt_attention(*inputs))
+        prove(lambda: packed_prompt_attention(*inputs))
         monkeypatch.setattr(type(prompt_attention_fwd_kernel), "__getitem__", lambda *_: lambda **_: None)
         assert calls_in(lambda: packed_prompt_attention(*inputs)) <= most
 

@@ -12,7 +12,7 @@ PyTorch choose an attention kernel, if it uses a tensor from elsewhere, or if on
 (:mod:`fastprompt.ops.trust`).
 
 The first repetition runs beside the call itself, and all bits of their results must be equal: the kernels' sums have a
-fixed order. If they are not, a warning says so and the call is never repeated. ``FASTPROMPT_CHECK=never`` leaves out this
+fixed order. If they are not, a warning says so and the call is never repeated. ``FASTPROMPT_CHECK=never`` omits this
 comparison.
 """
 

@@ -109,7 +109,7 @@ def forward(
             **arguments,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            AWAIT=_awaits(q),
+            AWAIT=awaits(q),
             **_tail(q, inputs.keys, config.block_n),
             **options,
         )
@@ -173,13 +173,13 @@ class _Inputs:
         prompt_index: Tensor | None,
         scale: float,
     ) -> None:
-        self.q, self.k, self.v = (_dense_rows(x) for x in (q, k, v))
+        self.q, self.k, self.v = (dense_rows(x) for x in (q, k, v))
         self.temperature, self.scale = temperature, scale
         self.prompt_index = None if prompt_index is None else prompt_index.contiguous()
         self.P = 0 if prompt_k is None else prompt_k.shape[-3]
         # Without prompts these are never read, but the pointers must have the keys' type.
-        self.prompt_k = self.k[:, :0] if prompt_k is None else _dense_rows(prompt_k)
-        self.prompt_v = self.v[:, :0] if prompt_v is None else _dense_rows(prompt_v)
+        self.prompt_k = self.k[:, :0] if prompt_k is None else dense_rows(prompt_k)
+        self.prompt_v = self.v[:, :0] if prompt_v is None else dense_rows(prompt_v)
         self.keys = self.k.shape[1] + self.P
 
     @property
@@ -192,7 +192,7 @@ class _Inputs:
         _, Nq, H, d = self.q.shape
         tensors = (self.q, self.k, self.v, self.prompt_k, self.prompt_v)
         first, second = head_pieces(d)
-        (qb, qm, qh), (kb, kn, kh), (vb, vn, vh), (pkb, pkn, pkh), (pvb, pvn, pvh) = map(_strides, tensors)
+        (qb, qm, qh), (kb, kn, kh), (vb, vn, vh), (pkb, pkn, pkh), (pvb, pvn, pvh) = map(strides, tensors)
         return {
             "p_q": self.q,
             "p_k": self.k,
@@ -246,7 +246,7 @@ def _backward(
     """Fill those of dq, dk and dv that are needed; return d(prompt_k), d(prompt_v) and d(temperature)."""
     q, P, device = inputs.q, inputs.P, inputs.q.device
     B, Nq, H, d = q.shape
-    grad, out = _dense_rows(grad), _dense_rows(out)
+    grad, out = dense_rows(grad), dense_rows(out)
     need_q, need_temperature = needs[0], needs[5] and inputs.temperature is not None
     image, prompt = needs[1] or needs[2], P > 0 and (needs[3] or needs[4])
     need_k, need_v = needs[1] or (prompt and needs[3]), needs[2] or (prompt and needs[4])
@@ -277,11 +277,11 @@ def _backward(
     sized = dk if dk.numel() else dv
     partial = partial_k if partial_k.numel() else partial_v
     arguments = inputs.arguments(grad, *(x for x in (dq, dk, dv, partial) if x.numel()))
-    dob, dom, doh = _strides(grad)
+    dob, dom, doh = strides(grad)
     arguments.update(p_do=grad, stride_dob=dob, stride_dom=dom, stride_doh=doh)
-    dqb, dqm, dqh = _strides(dq)
+    dqb, dqm, dqh = strides(dq)
     to_queries = {"p_dq": dq, "stride_dqb": dqb, "stride_dqm": dqm, "stride_dqh": dqh}
-    (dkb, dkn, dkh), (dpb, dpn, dph) = _strides(sized), _strides(partial)
+    (dkb, dkn, dkh), (dpb, dpn, dph) = strides(sized), strides(partial)
     to_keys = {"p_dk": dk, "p_dv": dv, "stride_dkb": dkb, "stride_dkn": dkn, "stride_dkh": dkh}
     to_keys.update(p_dpk=partial_k, p_dpv=partial_v, stride_dpb=dpb, stride_dpn=dpn, stride_dph=dph)
 
@@ -301,7 +301,7 @@ def _backward(
             BLOCK_M=config.block_m,
             KEYS=max(16, 1 << (inputs.keys - 1).bit_length()),
             STORE_PROMPT=prompt,
-            AWAIT=_awaits(q),
+            AWAIT=awaits(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -348,7 +348,7 @@ def _launch_keys(inputs: _Inputs, config: Config, arguments: dict[str, Any]) -> 
         first_key=first_key,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q),
+        AWAIT=awaits(inputs.q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -364,7 +364,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
         **arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AWAIT=_awaits(inputs.q),
+        AWAIT=awaits(inputs.q),
         **_tail(inputs.q, inputs.keys, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -374,7 +374,7 @@ def _launch_queries(inputs: _Inputs, config: Config, arguments: dict[str, Any]) 
 def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Tensor) -> None:
     """Compute a·b of each row of a head [B, Nq, H, d], and the LSE in units of log2, both [B, H, padded]."""
     B, Nq, H, d = a.shape
-    (ob, om, oh), (dob, dom, doh) = _strides(a), _strides(b)
+    (ob, om, oh), (dob, dom, doh) = strides(a), strides(b)
     padded = products.shape[2]
     block = 32 if d <= 64 else 16
     first, second = head_pieces(d)
@@ -441,7 +441,7 @@ def _tail(q: Tensor, keys: int, block: int) -> dict[str, int | bool]:
     return {"TAIL": tail(keys, block), "MASK_ALL": False}
 
 
-def _awaits(q: Tensor) -> bool:
+def awaits(q: Tensor) -> bool:
     """Return whether loops must await a product in the pass that starts it: on the matrix units of Hopper.
 
     There ptxas before 13.1, which Triton brings, may reuse the registers of a product that is under way.
@@ -475,13 +475,13 @@ def _images_of_a_program(B: int, H: int, multiprocessors: int) -> int:
     return best[0]
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """Return x with its last dimension dense and, within an image, offsets of 32 bits."""
     reach = sum((n - 1) * s for n, s in zip(x.shape[-3:], x.stride()[-3:], strict=True) if n)
     return x if x.stride(-1) == 1 and 0 <= reach < 2**31 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of image, row and head of x [B, N, H, d], or [N, H, d] with an image stride of 0."""
     if x.ndim < 3:  # not written in this call
         return 0, 0, 0

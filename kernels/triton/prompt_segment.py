@@ -14,8 +14,9 @@ from fastprompt.kernels.triton.prompt_attention import (
     SECOND_AXIS,
     SUM_COLUMNS,
     SUM_ROWS,
-    _dense_rows,
-    _strides,
+    awaits,
+    dense_rows,
+    strides,
 )
 from fastprompt.kernels.triton.prompt_attention_bwd import prompt_attention_bwd_sum_kernel
 from fastprompt.kernels.triton.prompt_attention_config import head_pieces
@@ -69,12 +70,12 @@ def merge(
     """
     B, Nq, H, d = q.shape
     segment = _Segment(q, prompt_k, prompt_v, temperature, prompt_index, scale)
-    out = _dense_rows(out)
+    out = dense_rows(out)
     lse = lse if lse.stride(-1) == 1 else lse.contiguous()
     joint = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     joint_lse = torch.empty((B, H, Nq), dtype=torch.float32, device=q.device)
     config = segment.config("fwd")
-    (ib, im, ih), (ob, om, oh) = _strides(out), _strides(joint)
+    (ib, im, ih), (ob, om, oh) = strides(out), strides(joint)
     launch.launch(
         prompt_segment_fwd_kernel,
         (B * H * triton.cdiv(Nq, config.block_m),),
@@ -129,13 +130,13 @@ def segment_backward(
     The prompts' gradients have the prompts' shape and dtype; sums over images are in a fixed order.
     """
     segment = _Segment(q, prompt_k, prompt_v, temperature, prompt_index, scale)
-    grad, out = _dense_rows(grad), _dense_rows(out)
-    dq = _dense_rows(dq) if needs_q else q.new_empty(0)
+    grad, out = dense_rows(grad), dense_rows(out)
+    dq = dense_rows(dq) if needs_q else q.new_empty(0)
     into = into if needs_q and into is not None else dq
     arguments: dict[str, Any] = {"p_out": out, "p_lse": lse, "p_do": grad, "p_dq": dq, "p_joint": into}
     for name, x in (("o", out), ("do", grad), ("dq", dq), ("j", into)):
         names = (f"stride_{name}b", f"stride_{name}m", f"stride_{name}h")
-        arguments.update(zip(names, _strides(x), strict=True))
+        arguments.update(zip(names, strides(x), strict=True))
     arguments["p_products"] = products
     rows = (out, grad, dq, into) if needs_q else (out, grad)
 
@@ -186,7 +187,7 @@ def _launch_prompts(
     ]
     partial_k, partial_v = partials
     sized = partial_k if partial_k.numel() else partial_v
-    dpb, dpn, dph = _strides(sized)
+    dpb, dpn, dph = strides(sized)
     launch.launch(
         prompt_segment_bwd_kernel,
         (H * programs * prompt_tiles,),
@@ -217,7 +218,7 @@ class _Segment:
         prompt_index: Tensor | None,
         scale: float,
     ) -> None:
-        self.q, self.prompt_k, self.prompt_v = (_dense_rows(x) for x in (q, prompt_k, prompt_v))
+        self.q, self.prompt_k, self.prompt_v = (dense_rows(x) for x in (q, prompt_k, prompt_v))
         self.prompt_index = None if prompt_index is None else prompt_index.contiguous()
         self.temperature, self.scale = temperature, scale
         self.P = prompt_k.shape[-3]
@@ -237,7 +238,7 @@ class _Segment:
         _, Nq, H, d = self.q.shape
         first, second = head_pieces(d)
         tensors = (self.q, self.prompt_k, self.prompt_v)
-        (qb, qm, qh), (pkb, pkn, pkh), (pvb, pvn, pvh) = map(_strides, tensors)
+        (qb, qm, qh), (pkb, pkn, pkh), (pvb, pvn, pvh) = map(strides, tensors)
         return {
             "p_q": self.q,
             "p_pk": self.prompt_k,
@@ -267,6 +268,7 @@ class _Segment:
             "HAS_TEMPERATURE": self.temperature is not None,
             "ALIGNED": launch.aligned(*tensors, *others),
             "PRECISION": launch.input_precision(self.q.dtype),
+            "AWAIT": awaits(self.q),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }

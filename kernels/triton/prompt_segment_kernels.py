@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastprompt.kernels.triton.tiles import (
     accumulate,
+    awaited,
     contract,
     load,
     prompt_set,
@@ -29,6 +30,7 @@ def prompt_segment_fwd_kernel(
     stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh, stride_ob, stride_om, stride_oh,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Join the image segment's output `p_image` and LSE with the prompts, for one tile of queries."""
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -76,6 +78,7 @@ def prompt_segment_fwd_kernel(
         if D1 > 0:
             acc1 *= shrink[:, None]
         acc0, acc1 = accumulate(acc0, acc1, w, v0, v1, D1, PRECISION)
+        acc0, acc1 = awaited(acc0, acc1, D1, AWAIT)
 
     inverse = tl.where(known, 1.0 / total, float("nan"))[:, None]
     store(rows(p_out, o_m, stride_om, ALIGNED), m_m, acc0 * inverse, acc1 * inverse, HEAD_DIM, D0, D1)
@@ -120,6 +123,7 @@ def prompt_segment_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     NEED_PRODUCTS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Add the part of all prompts to dq, for one tile of queries."""
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -155,6 +159,7 @@ def prompt_segment_bwd_dq_kernel(
         w = tl.exp2(tl.where(m_p[None, :], exponent, float("-inf")))  # [BLOCK_M, BLOCK_P]
         ds = w * (contract(do0, do1, v0, v1, D1, PRECISION) - delta[:, None])
         dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
+        dq0, dq1 = awaited(dq0, dq1, D1, AWAIT)
     natural = factor * 0.6931471805599453
     _add_dq(
         p_dq, p_joint, p_products, o_lse, o_m, m_m, q0, q1, dq0 * natural, dq1 * natural, stride_dqm, stride_jm,
@@ -172,6 +177,7 @@ def prompt_segment_bwd_kernel(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_PRODUCTS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Sum d(prompt_k) and d(prompt_v) of one tile of prompts and one head over `steps` tiles of queries.
 
@@ -210,6 +216,7 @@ def prompt_segment_bwd_kernel(
         w = tl.exp2(tl.where(m_p[:, None], exponent, float("-inf")))  # [BLOCK_P, BLOCK_M]
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, w, do0, do1, D1, PRECISION)
+            dv0, dv1 = awaited(dv0, dv1, D1, AWAIT)
         if NEED_K or NEED_Q:
             p_row = p_out + i_b * stride_ob + i_h * stride_oh
             o0, o1 = load(rows(p_row, o_m, stride_om, ALIGNED), m_m, HEAD_DIM, D0, D1)
@@ -217,6 +224,7 @@ def prompt_segment_bwd_kernel(
             ds = (w * (contract(v0, v1, do0, do1, D1, PRECISION) - delta[None, :])).to(k0.dtype)
             if NEED_K:
                 dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
+                dk0, dk1 = awaited(dk0, dk1, D1, AWAIT)
             if NEED_Q:
                 part0 = tl.trans(tl.dot(tl.trans(k0), ds, input_precision=PRECISION)) * natural
                 part1 = part0

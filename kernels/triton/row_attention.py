@@ -166,7 +166,9 @@ def row_attention_bwd_kernel(
     excess = tl.zeros([BLOCK_M], tl.float32)
     for i_d in tl.static_range(PIECES):
         d_context = _load(p_g_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32)
-        delta += tl.sum(d_context * _load(p_c_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32), 1)
+        b_context = _load(p_c_row, m_m, i_d, WIDTH, BLOCK_D).to(tl.float32)
+        # Fused products, as in attention's delta: all threads of a row get the same bits.
+        delta += tl.sum(tl.fma(d_context, b_context, 0.0), 1)
 
     for start in range(tl.program_id(1) * BLOCK_N, N + P, tl.num_programs(1) * BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -191,7 +193,7 @@ def row_attention_bwd_kernel(
 
         if NEED_QUERY:
             w = tl.exp2(tl.where(m_n[None, :], s * LOG2E - lse[:, None], float("-inf")))
-            d_s = (w * (d_w - delta[:, None])).to(p_rows.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+            d_s = tl.fma(w, d_w - delta[:, None], 0.0).to(p_rows.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
             excess += tl.sum(d_s.to(tl.float32), 1)
             longer = ()
             for i_d in tl.static_range(PIECES):

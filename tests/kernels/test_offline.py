@@ -98,6 +98,61 @@ def test_one_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
     assert done.stdout.split() == ["residual_norm_fwd_kernel", "True", "1", "None"], done.stderr[-2000:]
 
 
+LOOPS = """
+import re
+import torch
+from bench import offline_compile
+from bench.ops import meta
+from fastprompt.kernels.triton import prompt_attention, prompt_segment
+
+
+def under_way(ptx):
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\\$\\w+:", line)}
+    for end, line in enumerate(lines):
+        back = re.search(r"bra(?:\\.uni)?\\s+(\\$\\w+)", line)
+        if back and labels[back[1]] < end:
+            groups = 0
+            for inside in lines[labels[back[1]] : end]:
+                groups += "wgmma.commit_group" in inside
+                wait = re.search(r"wgmma\\.wait_group\\.sync\\.aligned (\\d+)", inside)
+                groups = min(groups, int(wait[1])) if wait else groups
+            yield groups
+
+
+q, prompt, lse = (meta(*shape, dtype=dtype) for shape, dtype in (
+    ((2, 300, 3, 40), torch.bfloat16), ((150, 3, 40), torch.bfloat16), ((2, 3, 300), torch.float32)
+))
+with offline_compile.compiling(90) as compiled:
+    rest = prompt, prompt, None, None
+    prompt_segment.merge(q, q, lse, *rest, 0.2)
+    for part in (prompt, prompt[:50]):  # dq apart from the prompts' gradients, and with them
+        prompt_segment.segment_backward(q, q, part, part, None, None, q, lse, 0.2, True, True, True, q)
+    prompt_attention.forward(q, q, q, *rest, 0.2, way="looped")
+    prompt_attention.backward(q, q, q, q, *rest, q, lse, 0.2, [True] * 6, way="looped")
+for each in compiled:
+    groups = list(under_way(each.kernel.asm["ptx"]))
+    if "wgmma" in each.kernel.asm["ptx"]:
+        print(each.name, *groups)
+"""
+
+
+@pytest.mark.slow
+def test_no_product_is_under_way_where_a_loop_begins_anew() -> None:
+    """Copies for later passes may overwrite what such a product of a head in two pieces reads."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOPS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    found = [line.split() for line in done.stdout.splitlines()]
+    segment = ["prompt_segment_fwd_kernel", "prompt_segment_bwd_dq_kernel"] + 2 * [
+        "prompt_segment_bwd_kernel"
+    ]
+    attention = [f"prompt_attention_{name}_kernel" for name in ("fwd", "bwd_dkdv", "bwd_dq")]
+    assert [name for name, *_ in found] == segment + attention, done.stderr[-2000:]
+    assert all(groups and set(groups) == {"0"} for _, *groups in found), found
+
+
 ONCE = """
 import torch
 from bench import offline_compile

@@ -163,7 +163,7 @@ with offline_compile.compiling(80) as compiled:
     for temperature in meta(2).unbind():
         given = q, q, q, prompt, prompt, temperature[None], None
         prompt_attention.forward(*given, 0.25, way="looped")
-        prompt_attention.backward(out, *given, out, meta(1, 1, 300), 0.25, [True] * 6)
+        prompt_attention.backward(out, *given, out, meta(1, 1, 300), 0.25, [True] * 6, way="looped")
 hashes = [each.kernel.hash for each in compiled]
 print(hashes[: len(hashes) // 2] == hashes[len(hashes) // 2 :])
 """

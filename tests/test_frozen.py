@@ -70,7 +70,9 @@ def test_a_second_step_of_each_method_casts_no_frozen_weight(name: str) -> None:
 def test_a_second_step_of_each_family_casts_no_frozen_weight(family: str) -> None:
     model, x = half(family, VPTConfig(3)), images(2, dtype=torch.float32)
     assert frozen_casts(model, lambda: step(model, x))
-    assert frozen_casts(model, lambda: step(model, x)) == []
+    # timm 1.0.26 casts the few numbers of its rotation itself.
+    again = [name for name in frozen_casts(model, lambda: step(model, x)) if not name.endswith("rope.freqs")]
+    assert again == []
 
 
 def plain_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

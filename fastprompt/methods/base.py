@@ -14,6 +14,7 @@ from fastprompt import backbone
 from fastprompt.backbone import Backbone, HeadInput
 from fastprompt.blocks import Recompute
 from fastprompt.config import Pool, PromptConfig
+from fastprompt.ops.operator import exporting
 
 # (block, its input tokens [B, N, D], the number of carried prompts among them)
 OnBlock: TypeAlias = Callable[[int, Tensor, int], None]
@@ -291,7 +292,7 @@ class FoldedPromptModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> logits [B, classes]."""
-        if torch.compiler.is_exporting():  # a change of the grad mode would be an operator of the program
+        if exporting():  # a change of the grad mode would be an operator of the program
             return self._logits(images)
         with torch.no_grad():
             return self._logits(images)

@@ -81,9 +81,15 @@ def traced_plainly(backend: str, *, fusable: bool) -> bool:
     `torch.compile` an operator is a fence, so that `fusable` operations are plain PyTorch too: those for which the
     compiler's own kernels are as good. A backend with kernels that is requested by name gets its operator.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return True
     return fusable and torch.compiler.is_compiling() and backend in (dispatch.AUTO, "eager")
+
+
+def exporting() -> bool:
+    """Return whether `torch.export` traces this code."""
+    # Not `torch.compiler.is_exporting`, which in torch 2.11 is True for the code that `torch.compile` traces, too.
+    return torch.compiler._is_exporting_flag
 
 
 def call(name: str, *args: Any) -> Any:

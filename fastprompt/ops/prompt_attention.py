@@ -24,6 +24,7 @@ from fastprompt.ops.operator import (
     autocast,
     call,
     define_operator,
+    exporting,
     mark_as_backward,
     register_gradient,
     traced_plainly,
@@ -275,7 +276,7 @@ def is_plain(q: Tensor, k: Tensor, prompt_k: Tensor | None, temperature: Tensor 
     # does not keep joined keys for the backward, and its backward in bfloat16 is faster.
     joins = prompt_k is not None and k.shape[1] > 0
     if traced_plainly(backend, fusable=not joins and temperature is None):
-        return torch.compiler.is_exporting() or attention_choice.forced() in (None, "joined")
+        return exporting() or attention_choice.forced() in (None, "joined")
     if prompt_k is not None or temperature is not None or backend != dispatch.AUTO or q.numel() == 0:
         return False
     inputs = Inputs(q, k, k, None, None, None, None, 1.0)

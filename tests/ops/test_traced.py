@@ -27,7 +27,7 @@ from fastprompt.ops.operator import traced_plainly
 
 B, N, P, H, D = 2, 5, 3, 2, 16
 
-COMPILING, EXPORTING = "is_compiling", "is_exporting"
+COMPILING, EXPORTING = "is_compiling", "_is_exporting_flag"
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def run_while(state: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPat
     """Run `call` as a compiler's or an exporter's trace does, and return its operators of ours too."""
     with monkeypatch.context() as patch, Operators() as ours:
         patch.setattr(torch.compiler, COMPILING, lambda: True)
-        patch.setattr(torch.compiler, EXPORTING, lambda: state == EXPORTING)
+        patch.setattr(torch.compiler, EXPORTING, state == EXPORTING)
         return call(), ours.found
 
 
@@ -140,5 +140,5 @@ def test_eager_calls_are_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert traced_plainly("auto", fusable=True)
     assert not traced_plainly("triton", fusable=True)
     assert not traced_plainly("eager", fusable=False)
-    monkeypatch.setattr(torch.compiler, EXPORTING, lambda: True)
+    monkeypatch.setattr(torch.compiler, EXPORTING, True)
     assert traced_plainly("triton", fusable=False)

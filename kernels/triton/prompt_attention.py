@@ -321,7 +321,11 @@ def _backward(
             flags = {"NEED_Q": need_q, "NEED_TEMPERATURE": need_temperature}
             _launch_queries(inputs, find("dq"), {**arguments, **to_queries, "p_products": products, **flags})
     results = [
-        _sum_over_images(inputs, part, like) if need and prompt else like.new_empty(like.shape if need else 0)
+        like.new_empty(like.shape if need else 0)
+        if not (need and prompt)
+        else sum_partials(part, like, inputs.prompt_index)
+        if inputs.shared
+        else part
         for part, like, need in (
             (partial_k, inputs.prompt_k, needs[3]),
             (partial_v, inputs.prompt_v, needs[4]),
@@ -406,25 +410,25 @@ def _row_products(a: Tensor, b: Tensor, lse: Tensor, products: Tensor, lse2: Ten
     )
 
 
-def _sum_over_images(inputs: _Inputs, partial: Tensor, like: Tensor) -> Tensor:
-    """Reduce per-image gradients of prompts [B, P, H, d] to the shape and dtype of the prompts."""
-    if not inputs.shared:
-        return partial
+def sum_partials(partial: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
+    """Sum partial gradients [n, P, H, d] in a fixed order, to the shape and dtype of `like`: shared prompts or a table.
+
+    With a table there is one part for each image, and `index` [B] says whose set it belongs to.
+    """
     total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     columns = partial.shape[1:].numel()
-    sets = 1 if inputs.prompt_index is None else like.shape[0]
     launch.launch(
         prompt_attention_bwd_sum_kernel,
-        (triton.cdiv(columns, SUM_COLUMNS), sets),
+        (triton.cdiv(columns, SUM_COLUMNS), 1 if index is None else like.shape[0]),
         partial.device,
         p_partial=partial,
-        p_index=inputs.prompt_index,
+        p_index=index,
         p_sum=total,
         B=partial.shape[0],
         columns=columns,
         BLOCK_B=SUM_ROWS,
         BLOCK_C=SUM_COLUMNS,
-        HAS_INDEX=inputs.prompt_index is not None,
+        HAS_INDEX=index is not None,
         num_warps=4,
         num_stages=1,
     )

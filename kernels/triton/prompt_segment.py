@@ -12,13 +12,11 @@ from fastprompt.kernels.triton import launch
 from fastprompt.kernels.triton.prompt_attention import (
     MAX_HEAD_DIM,
     SECOND_AXIS,
-    SUM_COLUMNS,
-    SUM_ROWS,
     awaits,
     dense_rows,
     strides,
+    sum_partials,
 )
-from fastprompt.kernels.triton.prompt_attention_bwd import prompt_attention_bwd_sum_kernel
 from fastprompt.kernels.triton.prompt_attention_config import head_pieces
 from fastprompt.kernels.triton.prompt_segment_config import Config, Kernel, choose, prompt_tile
 from fastprompt.kernels.triton.prompt_segment_kernels import (
@@ -277,21 +275,4 @@ class _Segment:
         """Sum partial gradients [programs, P, H, d] to the shape and dtype of the prompts, in a fixed order."""
         if not self.shared:
             return partial
-        total = torch.empty(self.prompt_k.shape, dtype=self.prompt_k.dtype, device=partial.device)
-        columns = partial.shape[1:].numel()
-        launch.launch(
-            prompt_attention_bwd_sum_kernel,
-            (triton.cdiv(columns, SUM_COLUMNS), 1 if self.prompt_index is None else total.shape[0]),
-            partial.device,
-            p_partial=partial,
-            p_index=self.prompt_index,
-            p_sum=total,
-            B=partial.shape[0],
-            columns=columns,
-            BLOCK_B=SUM_ROWS,
-            BLOCK_C=SUM_COLUMNS,
-            HAS_INDEX=self.prompt_index is not None,
-            num_warps=4,
-            num_stages=1,
-        )
-        return total
+        return sum_partials(partial, self.prompt_k, self.prompt_index)
